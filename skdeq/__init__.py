@@ -1,0 +1,6 @@
+"""Latent-variable models for scikit-learn users, backed by torch on CPU and CUDA."""
+
+from skdeq._expfam_deq import ExpFamilyDEQ
+from skdeq._version import __version__
+
+__all__ = ["ExpFamilyDEQ", "__version__"]

@@ -1,0 +1,677 @@
+"""ExpFamilyDEQ: principal component analysis for data that are not Gaussian."""
+
+import warnings
+from dataclasses import replace
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    _fit_context,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+
+from skdeq._base import (
+    Versioned,
+    check_observations,
+    exposure_offset,
+    log_base_rows,
+    resolve_device,
+    rows_of,
+    to_numpy,
+    to_observations,
+    unchanged_on_error,
+)
+from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
+from skdeq._latents import laplace_log_likelihood, mean_variance, solve_latents
+from skdeq._model import LatentModel, Setting, null_model
+from skdeq._rotation import (
+    explained_deviance,
+    latent_covariance,
+    orthonormal_scores,
+    pooled_covariance,
+)
+from skdeq._stochastic import AdamState, adam_state, make_adam, solve_and_step
+from skdeq.families import CANONICAL_MAPS, FAMILIES, CanonicalMap, Family, get_canonical_map
+from skdeq.families import get_family as _get_family
+from skdeq.fixed_point import SOLVERS, FixedPointResult
+
+__all__ = ["ExpFamilyDEQ"]
+
+_HIDDEN_MAPS = ("identity", "relu", "softplus", "tanh")
+
+
+class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    r"""Principal component analysis for counts, binary and other non-Gaussian data.
+
+    Each row :math:`x_i` has a latent code :math:`z_i \sim N(0, \alpha^{-1} I)` and entries from
+    an exponential family with canonical parameters :math:`\eta_i = W z_i + b + o_i`. Its code is
+    the maximum-a-posteriori (MAP) solution, which is the fixed point of the equilibrium layer
+
+    .. math:: z = f(z) = \alpha^{-1} W^\top [m \circ (T(x) - A'(W z + b + o))],
+
+    a one-layer deep equilibrium network whose activation :math:`A'` is set by the family
+    (sigmoid for Bernoulli, exp for Poisson, the identity for Gaussian data) and in which a
+    missing entry is an input that is dropped out (m = 0) [1]_. Loadings W and intercept b
+    minimise
+
+    .. math:: \frac{1}{\sum_i s_i} \sum_i s_i \left[ -\log p(x_i | z_i^*)
+              + \tfrac{\alpha}{2} |z_i^*|^2 \right] + \tfrac{\text{weight\_decay}}{2} |W|^2 .
+
+    With ``family="gaussian"`` and vanishing penalties the scores are those of
+    :class:`~sklearn.decomposition.PCA`.
+
+    Parameters
+    ----------
+    n_components : int, default=2
+        Dimension k of the latents, at most ``min(n_samples, n_features)``.
+
+    family : str or Family, default="gaussian"
+        Law of the entries: "gaussian", "bernoulli", "binomial" (10 trials), "poisson",
+        "continuous_bernoulli", "negative_binomial" (dispersion 1), "gamma" (shape 1),
+        "rademacher", or an object such as ``Binomial(n_trials=16)`` from
+        :mod:`skdeq.families` or of your own.
+
+    canonical_map : {"identity"}, default="identity"
+        Map from the linear predictor to the canonical parameter.
+
+    hidden_layer_sizes : tuple of int, default=()
+        Sizes of further latent layers. Only ``()``, one layer, is available.
+
+    hidden_map : {"identity", "relu", "softplus", "tanh"}, default="tanh"
+        Map between latent layers. Without hidden layers it has no effect.
+
+    alpha : float, default=1.0
+        Prior precision of the latents, > 0.
+
+    weight_decay : float, default=0.01
+        Penalty of the loadings, >= 0. At the optimum only the product of `alpha` and
+        `weight_decay` matters for the fitted predictors: together they are a penalty on the
+        nuclear norm of the matrix of predictors.
+
+    exposure : {"total"} or None, default=None
+        With "total" (Poisson), the offset of a row is ``log(row total / mean training row
+        total)``, computed from the row itself in `fit` and in `transform`.
+
+    whiten : bool, default=False
+        If False, `transform` returns scores in an orthonormal basis, in order of decreasing
+        variance, as PCA does. If True, it returns the latents z themselves, in units of their
+        prior.
+
+    solver : {"auto", "scoring", "adam"}, default="auto"
+        "scoring" is alternating Fisher scoring over rows and columns: deterministic, all rows
+        at once; "adam" goes through minibatches. "auto" is "scoring".
+
+    max_iter : int, default=100
+        Iterations of "scoring", epochs of "adam".
+
+    tol : float, default=1e-5
+        Stop once an iteration lowers the objective by less than this share of what the latents
+        have gained over the intercept alone, twice in a row.
+
+    learning_rate : float, default=0.02
+        Step size of "adam" and of `partial_fit`.
+
+    batch_size : int or None, default=None
+        Rows of a minibatch of "adam"; None is 256.
+
+    fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
+        Solver of the latents, see :mod:`skdeq.fixed_point`. "auto" is "newton" for up to 16
+        components and "anderson" above, with "newton" for the rows it does not solve.
+
+    fixed_point_max_iter : int, default=50
+        Iterations of that solver.
+
+    fixed_point_tol : float, default=1e-6
+        A row is solved once the largest entry of ``|f(z) - z|``, in units of a diagonal Newton
+        step and relative to ``1 + max |z|``, is at most this.
+
+    warm_start : bool, default=False
+        Whether `fit` starts from the loadings of the last fit, if their shapes agree.
+
+    device : str or torch.device, default="auto"
+        "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one. Fitted attributes are
+        numpy arrays in any case.
+
+    random_state : int, RandomState instance or None, default=None
+        Seed of the randomised SVD at the start and of the minibatches.
+
+    verbose : int, default=0
+        1 prints a line for each iteration.
+
+    Attributes
+    ----------
+    components_ : ndarray of shape (n_components, n_features)
+        Orthonormal basis of the loadings, in order of decreasing variance of the scores.
+    intercept_ : ndarray of shape (n_features,)
+        The intercept b.
+    loadings_ : ndarray of shape (n_features, n_components)
+        The loadings W, in units of the prior of the latents.
+    explained_deviance_ratio_ : ndarray of shape (n_components,)
+        Share of the deviance of the intercept-only model that each component removes; for
+        Gaussian data PCA's explained variance ratio. With more than 2e8 entries times
+        components estimated from 2,048 evenly spaced rows; after `partial_fit`, from the last
+        batch.
+    loss_curve_ : list of float
+        Mean objective at each iteration, with all constants of the likelihood.
+    n_iter_ : int
+        Iterations run.
+    converged_ : bool
+        Whether `tol` was met and every training row is solved.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X has string names.
+
+    See Also
+    --------
+    sklearn.decomposition.PCA : The Gaussian special case without penalties.
+    sklearn.decomposition.NMF : Non-negative factors of non-negative data.
+
+    References
+    ----------
+    .. [1] R. Tsuchida and C. S. Ong (2023). Deep equilibrium models as estimators for
+       continuous latent variables. AISTATS, PMLR 206, 1646-1671. arXiv:2211.05943.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skdeq import ExpFamilyDEQ
+    >>> rng = np.random.default_rng(0)
+    >>> latents = rng.normal(size=(200, 2))
+    >>> X = rng.poisson(np.exp(latents @ rng.normal(size=(2, 30)) / 2))
+    >>> model = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    >>> model.transform(X).shape
+    (200, 2)
+    >>> bool(model.map_latents(X).converged.all())
+    True
+    """
+
+    _parameter_constraints = {
+        "n_components": [Interval(Integral, 1, None, closed="left")],
+        "family": [StrOptions(set(FAMILIES)), Family],
+        "canonical_map": [StrOptions(set(CANONICAL_MAPS)), CanonicalMap],
+        "hidden_layer_sizes": ["array-like"],
+        "hidden_map": [StrOptions(set(_HIDDEN_MAPS))],
+        "alpha": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "exposure": [StrOptions({"total"}), None],
+        "whiten": ["boolean"],
+        "solver": [StrOptions({"auto", "scoring", "adam"})],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "fixed_point": [StrOptions({"auto", *SOLVERS})],
+        "fixed_point_max_iter": [Interval(Integral, 1, None, closed="left")],
+        "fixed_point_tol": [Interval(Real, 0, None, closed="left")],
+        "warm_start": ["boolean"],
+        "device": [str, torch.device],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    _doc_link_module = "skdeq"
+    _doc_link_template = (
+        "https://skdeq.github.io/skdeq/generated/{estimator_module}.{estimator_name}.html"
+    )
+
+    def __init__(
+        self,
+        n_components=2,
+        *,
+        family="gaussian",
+        canonical_map="identity",
+        hidden_layer_sizes=(),
+        hidden_map="tanh",
+        alpha=1.0,
+        weight_decay=0.01,
+        exposure=None,
+        whiten=False,
+        solver="auto",
+        max_iter=100,
+        tol=1e-5,
+        learning_rate=0.02,
+        batch_size=None,
+        fixed_point="auto",
+        fixed_point_max_iter=50,
+        fixed_point_tol=1e-6,
+        warm_start=False,
+        device="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.n_components = n_components
+        self.family = family
+        self.canonical_map = canonical_map
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.hidden_map = hidden_map
+        self.alpha = alpha
+        self.weight_decay = weight_decay
+        self.exposure = exposure
+        self.whiten = whiten
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.fixed_point = fixed_point
+        self.fixed_point_max_iter = fixed_point_max_iter
+        self.fixed_point_tol = fixed_point_tol
+        self.warm_start = warm_start
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None, sample_weight=None):
+        """Fit loadings and intercept.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights; integer weights equal repeated rows.
+
+        Returns
+        -------
+        self : ExpFamilyDEQ
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            For observations outside the support of the family, naming row and column, for a
+            column without any observation, and for more components than rows or columns.
+        """
+        with unchanged_on_error(self):
+            self._fit(X, sample_weight)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X, y=None, sample_weight=None):
+        """Fit and return the scores of the training rows.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights; integer weights equal repeated rows.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+            Scores, or latents if ``whiten=True``.
+        """
+        with unchanged_on_error(self):
+            return self._output(self._fit(X, sample_weight))
+
+    def transform(self, X):
+        """Scores of rows, seen in training or not.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+            Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
+        """
+        return self._output(self._solve(X)[0].value)
+
+    def map_latents(self, X):
+        """MAP latents of rows, each with its certificate of convergence.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+
+        Returns
+        -------
+        FixedPointResult
+            ``value`` (n_samples, n_components) in units of the prior, ``residual``,
+            ``converged`` and ``n_iter`` (n_samples,), all numpy arrays.
+        """
+        result, _, _ = self._solve(X)
+        return FixedPointResult(
+            *(
+                to_numpy(getattr(result, field))
+                for field in ("value", "residual", "converged", "n_iter")
+            )
+        )
+
+    def natural_parameters(self, Z):
+        """Canonical parameters eta at unit exposure.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_samples, n_components)
+            What `transform` returns.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+        """
+        check_is_fitted(self)
+        Z = check_array(Z, dtype=[np.float64, np.float32], input_name="Z")
+        k = len(self.components_)
+        if Z.shape[1] != k:
+            raise ValueError(f"Z has {Z.shape[1]} columns, but this model has {k} components.")
+        basis = self.loadings_.T if self.whiten else self.components_
+        return (Z @ basis + self.intercept_).astype(Z.dtype, copy=False)
+
+    def inverse_transform(self, Z):
+        """Mean of the observations at unit exposure, a denoised X.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_samples, n_components)
+            What `transform` returns.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            Infinite where Z is outside the domain of a gamma or negative binomial family.
+        """
+        eta = self.natural_parameters(Z)
+        return _get_family(self.family).mean(torch.from_numpy(eta)).numpy()
+
+    def score_samples(self, X):
+        """Laplace approximation of the marginal log-likelihood of each row.
+
+        It integrates the latents out around their MAP solution and keeps all constants; for
+        Gaussian rows it is exact, the normal law with covariance ``W W^T / alpha + I``.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), float64
+        """
+        result, setting, X = self._solve(X)
+        loadings, intercept = self._parameters(setting)
+        marginal = laplace_log_likelihood(setting, loadings, intercept, result.value)
+        return to_numpy(marginal) + log_base_rows(X, setting.family)
+
+    def score(self, X, y=None):
+        """Mean of `score_samples`, for model selection by cross-validation.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+        y : Ignored
+            Present for API consistency.
+
+        Returns
+        -------
+        float
+            Mean log-likelihood of a row.
+        """
+        return float(np.mean(self.score_samples(X)))
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X, y=None, sample_weight=None):
+        """Update the model by one batch of a stream; memory does not grow with the stream.
+
+        The first batch starts the model by a full fit of its own and needs at least as many
+        rows as there are components; each later one takes one step of Adam along the gradient
+        at its MAP latents.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights.
+
+        Returns
+        -------
+        self : ExpFamilyDEQ
+            The updated estimator.
+        """
+        with unchanged_on_error(self):
+            if getattr(self, "components_", None) is None:
+                self._fit(X, sample_weight)
+            else:
+                self._update(X, sample_weight)
+        return self
+
+    def _family(self) -> Family:
+        family = _get_family(self.family)
+        get_canonical_map(self.canonical_map)
+        if len(tuple(self.hidden_layer_sizes)):
+            raise ValueError(
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r}: only (), the model with one "
+                "layer of latents, is available."
+            )
+        if self.exposure is not None and not family.scales_with_exposure:
+            raise ValueError(
+                f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
+                f"'poisson'; family {family.name!r} has no such offset."
+            )
+        return family
+
+    def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
+        """Move validated data to the device."""
+        device = resolve_device(self.device)
+        offset = None
+        if self.exposure is not None:
+            offset, profile = exposure_offset(X, profile)
+            offset = torch.from_numpy(offset.astype(X.dtype)).to(device)
+        if sample_weight is not None:
+            sample_weight = torch.from_numpy(sample_weight).to(device)
+        setting = Setting(
+            family=family,
+            observations=to_observations(X, family, device),
+            alpha=float(self.alpha),
+            weight_decay=float(self.weight_decay),
+            sample_weight=sample_weight,
+            row_offset=offset,
+        )
+        return setting, profile
+
+    def _training(self, X, sample_weight, *, reset: bool) -> tuple:
+        """Validate training data: X, setting, exposure profile."""
+        family = self._family()
+        X = check_observations(self, X, family, reset=reset)
+        n, p = X.shape
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                sample_weight, X, dtype=X.dtype, ensure_non_negative=True
+            )
+            if not sample_weight.any():
+                raise ValueError("sample_weight is zero for every row; nothing is left to fit.")
+        profile = None if reset else self._exposure_profile
+        setting, profile = self._setting(X, family, sample_weight, profile)
+        logs = torch.from_numpy(log_base_rows(X, family))
+        return X, replace(setting, log_base=setting.weighted_sum(logs)), profile
+
+    def _generator(self) -> torch.Generator:
+        # A generator of its own, so that neither global state is read or written.
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        return torch.Generator().manual_seed(int(seed))
+
+    def _fit(self, X, sample_weight):
+        X, setting, profile = self._training(X, sample_weight, reset=True)
+        n, p = X.shape
+        k = self.n_components
+        if k > min(n, p):
+            raise ValueError(
+                f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} "
+                f"(n_samples={n}, n_features={p})."
+            )
+        generator = self._generator()
+        previous = None
+        if self.warm_start and getattr(self, "loadings_", np.empty(0)).shape == (p, k):
+            previous = self._parameters(setting)
+        solver = fit_minibatches if self.solver == "adam" else fit_full_batch
+        options = self._options()
+        model, trace = solver(setting, options, generator, previous)
+        loadings, intercept = model.loadings, model.intercept
+        curvature = mean_variance(setting, loadings, intercept, model.latents)
+        solution = solve_latents(
+            setting,
+            loadings,
+            intercept,
+            curvature=curvature,
+            start=model.latents,
+            **options.latent_solver(),
+        )
+        moments = latent_covariance(solution.value, setting.sample_weight)
+        if not trace.converged or not bool(solution.converged.all()):
+            self._warn(trace, solution)
+        self._store(X, setting, model, solution, trace, moments, curvature)
+        self._exposure_profile, self._adam = profile, AdamState.zeros(p, k)
+        return solution.value
+
+    def _options(self) -> FitOptions:
+        return FitOptions(
+            n_components=int(self.n_components),
+            max_iter=int(self.max_iter),
+            tol=float(self.tol),
+            learning_rate=float(self.learning_rate),
+            batch_size=self.batch_size,
+            fixed_point=self.fixed_point,
+            fixed_point_tol=float(self.fixed_point_tol),
+            fixed_point_max_iter=int(self.fixed_point_max_iter),
+            verbose=int(self.verbose),
+        )
+
+    def _store(self, X, setting, model, solution, trace, moments, curvature) -> None:
+        """Rotate to principal scores and keep everything as numpy."""
+        components, to_scores = orthonormal_scores(model.loadings, moments[1])
+        latents = solution.value
+        explained = explained_deviance(
+            setting,
+            lambda index: rows_of(X, index, latents.device),
+            components.to(latents.dtype),
+            model.intercept,
+            trace.null_intercept,
+            latents @ to_scores.to(latents.dtype),
+        )
+        dtype = X.dtype
+        self.components_ = to_numpy(components, dtype)
+        self.intercept_ = to_numpy(model.intercept, dtype)
+        self.loadings_ = to_numpy(model.loadings, dtype)
+        self.explained_deviance_ratio_ = to_numpy(explained, dtype)
+        self.loss_curve_ = trace.loss_curve
+        self.n_iter_ = trace.n_iter
+        self.converged_ = trace.converged and bool(solution.converged.all())
+        self._to_scores = to_numpy(to_scores, dtype)
+        self._curvature = to_numpy(curvature, dtype)
+        self._moments = tuple(np.asarray(part) for part in moments)
+
+    def _warn(self, trace: Trace, solution: FixedPointResult) -> None:
+        parts = []
+        if not trace.converged:
+            parts.append(
+                f"the objective still changed after max_iter={self.max_iter} iterations; "
+                "increase max_iter or tol"
+            )
+        unsolved = int((~solution.converged).sum())
+        if unsolved:
+            parts.append(
+                f"the latents of {unsolved} of {len(solution.converged)} rows are not solved to "
+                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
+                f"{float(solution.residual.max()):.1e}); increase fixed_point_max_iter, use "
+                "fixed_point='newton', or increase alpha"
+            )
+        warnings.warn(
+            f"{type(self).__name__} did not converge: " + "; ".join(parts) + ".",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
+
+    def _update(self, X, sample_weight) -> None:
+        X, setting, _ = self._training(X, sample_weight, reset=False)
+        loadings, intercept = self._parameters(setting)
+        parameters = torch.cat([loadings, intercept.unsqueeze(1)], dim=1)
+        optimiser = make_adam(parameters, float(self.learning_rate), self._adam)
+        solution, objective = solve_and_step(
+            setting,
+            parameters,
+            optimiser,
+            torch.from_numpy(self._curvature).to(parameters),
+            **self._options().latent_solver(),
+        )
+        model = LatentModel(parameters[:, :-1], parameters[:, -1], solution.value)
+        null_intercept, null_objective = null_model(setting)
+        trace = Trace(
+            null_intercept,
+            null_objective,
+            [*self.loss_curve_, objective],
+            self.n_iter_ + 1,
+            converged=True,
+        )
+        seen = tuple(torch.from_numpy(np.asarray(part)) for part in self._moments)
+        moments = pooled_covariance(
+            seen, latent_covariance(solution.value.cpu(), setting.sample_weight)
+        )
+        curvature = torch.from_numpy(self._curvature)
+        self._store(X, setting, model, solution, trace, moments, curvature)
+        self._adam = adam_state(parameters, optimiser)
+
+    def _parameters(self, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fitted loadings and intercept in the type and on the device of the data."""
+        like = {"dtype": setting.observations.dtype, "device": setting.observations.device}
+        return (
+            torch.from_numpy(self.loadings_).to(**like),
+            torch.from_numpy(self.intercept_).to(**like),
+        )
+
+    def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
+        check_is_fitted(self)
+        family = self._family()
+        X = check_observations(self, X, family, reset=False)
+        setting, _ = self._setting(X, family, None, self._exposure_profile)
+        loadings, intercept = self._parameters(setting)
+        result = solve_latents(
+            setting,
+            loadings,
+            intercept,
+            method=self.fixed_point,
+            tol=self.fixed_point_tol,
+            max_iter=self.fixed_point_max_iter,
+            curvature=torch.from_numpy(self._curvature).to(loadings),
+        )
+        return result, setting, X
+
+    def _output(self, latents: torch.Tensor) -> np.ndarray:
+        if not self.whiten:
+            latents = latents @ torch.from_numpy(self._to_scores).to(latents)
+        return to_numpy(latents)
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.input_tags.allow_nan = True
+        family = FAMILIES.get(self.family) if isinstance(self.family, str) else self.family
+        if family is not None:
+            tags.input_tags.positive_only = family.support.low >= 0
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags

@@ -1,0 +1,204 @@
+"""What families and canonical maps are, before any particular one."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ._interval import Interval, invert_increasing
+
+_REALS = Interval(-math.inf, math.inf, False, False)
+
+# Stands for an infinite natural parameter: exp(-40) is below the rounding of float64.
+_AS_GOOD_AS_INFINITE = 40.0
+
+
+class _EqualByParameters:
+    """Objects that are their type and parameters: the public instance attributes."""
+
+    def _parameters(self) -> tuple:
+        return tuple((name, v) for name, v in vars(self).items() if not name.startswith("_"))
+
+    def __repr__(self) -> str:
+        written = ", ".join(f"{name}={v!r}" for name, v in self._parameters())
+        return f"{type(self).__name__}({written})"
+
+    def __eq__(self, other) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._parameters() == other._parameters()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._parameters()))
+
+
+class Family(_EqualByParameters, ABC):
+    """Exponential family ``p(x | eta) = h(x) exp(T(x) eta - A(eta))`` with scalar x and eta.
+
+    A family of your own needs four methods, `log_partition`, `mean`, `variance` and `log_base`;
+    what it inherits is right for most: T(x) = x, eta on the whole real line, and a `link` that
+    inverts the mean numerically. Where eta is outside `domain`, `log_partition`, `mean` and
+    `variance` must be +inf, so that a line search refuses such a point. Constructor parameters
+    are kept in attributes of the same names; two families are equal when those are.
+
+    Attributes
+    ----------
+    name : str
+        What error messages call the family.
+    support : Interval
+        Observations that are accepted.
+    accepts : str
+        The same as a phrase for error messages, e.g. "counts or other non-negative numbers".
+    domain : Interval
+        Natural parameters eta for which A(eta) is finite; all reals by default.
+    scales_with_exposure : bool
+        Whether adding o to eta multiplies the mean by exp(o), as it does for counts.
+    variance_bound : float or None
+        Supremum of the variance over eta, None where there is none.
+    self_concordance : float or None
+        A constant M with ``|A'''(eta)| <= M A''(eta)`` for every eta, None where there is none or
+        none is known. A change d of eta then alters the variance by a factor of at most
+        ``exp(M |d|)``, so that a solver can do without the line search for a Newton step that
+        changes the linear predictor little (generalised self-concordance [1]_ [2]_). A variable
+        of range c has M = c at most, since its third central moment is at most c times its
+        variance.
+
+    References
+    ----------
+    .. [1] F. Bach (2010). Self-concordant analysis for logistic regression. Electronic Journal of
+       Statistics 4, 384-414.
+    .. [2] T. Sun and Q. Tran-Dinh (2019). Generalized self-concordant functions: a recipe for
+       Newton-type methods. Mathematical Programming 178, 145-213.
+
+    Examples
+    --------
+    Counts that are only recorded when positive, for which the mean has no inverse in closed
+    form:
+
+    >>> import torch
+    >>> from skdeq.families import Family, Interval
+    >>> class ZeroTruncatedPoisson(Family):
+    ...     name = "zero-truncated Poisson"
+    ...     support = Interval(1, float("inf"), True, False)
+    ...     accepts = "counts from 1 upwards"
+    ...
+    ...     def log_partition(self, eta):
+    ...         rate = eta.exp()
+    ...         return rate + torch.log(-torch.expm1(-rate))
+    ...
+    ...     def mean(self, eta):
+    ...         rate = eta.exp()
+    ...         return rate / -torch.expm1(-rate)
+    ...
+    ...     def variance(self, eta):
+    ...         mean = self.mean(eta)
+    ...         return mean * (1 + eta.exp() - mean)
+    ...
+    ...     def log_base(self, x):
+    ...         return -torch.lgamma(x + 1)
+    >>> family = ZeroTruncatedPoisson()
+    >>> family.link(family.mean(torch.tensor([-1.0, 0.5, 3.0])))
+    tensor([-1.0000,  0.5000,  3.0000])
+    """
+
+    name: str = "user-defined"
+    support: Interval = _REALS
+    accepts: str = "real numbers"
+    domain: Interval = _REALS
+    scales_with_exposure: bool = False
+    variance_bound: float | None = None
+    self_concordance: float | None = None
+
+    @abstractmethod
+    def log_partition(self, eta: Tensor) -> Tensor:
+        """Return A(eta)."""
+
+    @abstractmethod
+    def mean(self, eta: Tensor) -> Tensor:
+        """Return the mean of T(x), A'(eta)."""
+
+    @abstractmethod
+    def variance(self, eta: Tensor) -> Tensor:
+        """Return the variance of T(x), A''(eta)."""
+
+    @abstractmethod
+    def log_base(self, x: Tensor) -> Tensor:
+        """Return log h(x) for x in the support, which is not checked."""
+
+    def sufficient(self, x: Tensor) -> Tensor:
+        """Return the sufficient statistic T(x)."""
+        return x
+
+    def link(self, mu: Tensor) -> Tensor:
+        """Return the eta whose mean is `mu`; an end of `domain` for the least or largest mean."""
+        return invert_increasing(self.mean, self.variance, mu, self.domain)
+
+    def log_prob(self, x: Tensor, eta: Tensor) -> Tensor:
+        """Return log p(x | eta) with all constants; -inf for eta outside the domain."""
+        return self.sufficient(x) * eta - self.log_partition(eta) + self.log_base(x)
+
+    def saturated(self, x: Tensor) -> Tensor:
+        """Return the eta at which the likelihood of `x` is greatest, `link` of T(x), made finite.
+
+        Where the likelihood only approaches its supremum as eta grows, as that of a Poisson count
+        of 0 does, the result is 40 or -40: A(eta) stays finite and the rest, exp(-40), is below
+        rounding. Where the likelihood has no supremum, as that of a continuous Bernoulli at 0 and
+        1, the same value merely caps it.
+        """
+        eta = self.link(self.sufficient(x))
+        # Counted from the end of a half-line where that leaves 40 or -40 outside the domain.
+        low = min(0.0, self.domain.high) - _AS_GOOD_AS_INFINITE
+        high = max(0.0, self.domain.low) + _AS_GOOD_AS_INFINITE
+        return torch.nan_to_num(eta, nan=math.nan, neginf=low, posinf=high)
+
+    def deviance(self, x: Tensor, eta: Tensor) -> Tensor:
+        """Return ``2 (log p(x | saturated(x)) - log p(x | eta))``, never negative."""
+        # Without log h(x), which cancels, and by the difference of the two eta, which loses fewer
+        # digits than that of the two products.
+        saturated = self.saturated(x)
+        linear = self.sufficient(x) * (saturated - eta)
+        excess = linear - (self.log_partition(saturated) - self.log_partition(eta))
+        return (2 * excess).clamp(min=0)
+
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Compute A(eta), mean and variance together, in the memory of `eta` where that pays.
+
+        This is for inner loops without autograd. It may overwrite `eta`, and what it returns may
+        share memory with `eta` and among itself: consume the log-partition and the variance
+        before altering the mean, and alter nothing of which another is still needed.
+
+        Parameters
+        ----------
+        eta : Tensor
+            Natural parameters; consider them lost.
+        log_partition, variance : bool
+            Whether to compute these; the mean always is.
+
+        Returns
+        -------
+        log_partition, variance : Tensor or None
+            As the methods of those names, but accurate to rounding in absolute terms only: the
+            relative accuracy may be lost where they are close to 0.
+        mean : Tensor
+            As the method of that name, with the same reservation.
+        """
+        return (
+            self.log_partition(eta) if log_partition else None,
+            self.mean(eta),
+            self.variance(eta) if variance else None,
+        )
+
+
+class CanonicalMap(_EqualByParameters, ABC):
+    """Elementwise map R from the linear predictor zeta to the natural parameter eta."""
+
+    @abstractmethod
+    def value(self, zeta: Tensor) -> Tensor:
+        """Return R(zeta)."""
+
+    @abstractmethod
+    def derivative(self, zeta: Tensor) -> Tensor:
+        """Return R'(zeta)."""

@@ -1,0 +1,144 @@
+"""The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from skdeq._latents import solve_latents
+from skdeq._model import LatentModel, Setting, null_model
+from skdeq._rotation import fix_signs
+from skdeq._scoring import Scoring, balance
+from skdeq._spectral import spectral_start
+from skdeq._stochastic import AdamState, envelope_gradient, make_adam, solve_and_step
+
+__all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
+
+_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of a fit, as the estimator documents them."""
+
+    n_components: int
+    max_iter: int
+    tol: float
+    learning_rate: float
+    batch_size: int | None
+    fixed_point: str
+    fixed_point_tol: float
+    fixed_point_max_iter: int
+    verbose: int
+
+    def latent_solver(self) -> dict:
+        """Arguments of ``solve_latents``."""
+        return {
+            "method": self.fixed_point,
+            "tol": self.fixed_point_tol,
+            "max_iter": self.fixed_point_max_iter,
+        }
+
+
+@dataclass
+class Trace:
+    """What a fit leaves behind beside the model."""
+
+    null_intercept: Tensor
+    null_objective: float
+    loss_curve: list[float] = field(default_factory=list)
+    n_iter: int = 0
+    converged: bool = False
+
+
+def _reporter(verbose: int):
+    if not verbose:
+        return None
+    begin = time.perf_counter()
+
+    def report(iteration: int, objective: float) -> None:
+        seconds = time.perf_counter() - begin
+        print(
+            f"[ExpFamilyDEQ] iteration {iteration:4d}  objective {objective:.8g}  {seconds:.1f} s",
+            flush=True,
+        )
+
+    return report
+
+
+def _start(
+    setting: Setting,
+    options: FitOptions,
+    generator: torch.Generator,
+    previous: tuple[Tensor, Tensor] | None,
+) -> tuple[LatentModel, Trace]:
+    intercept, objective = null_model(setting)
+    trace = Trace(intercept, objective)
+    if previous is not None:
+        solved = solve_latents(setting, *previous, **options.latent_solver())
+        return LatentModel(*previous, solved.value), trace
+    return spectral_start(setting, intercept, options.n_components, generator), trace
+
+
+def fit_full_batch(
+    setting: Setting,
+    options: FitOptions,
+    generator: torch.Generator,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> tuple[LatentModel, Trace]:
+    """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
+    model, trace = _start(setting, options, generator, previous)
+    scoring = Scoring(setting, options.max_iter, options.tol, _reporter(options.verbose))
+    if previous is None:
+        model = scoring.begin(model)
+    model = scoring.run(model, trace.null_objective)
+    trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
+    trace.converged = scoring.converged
+    return fix_signs(model), trace
+
+
+def fit_minibatches(
+    setting: Setting,
+    options: FitOptions,
+    generator: torch.Generator,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> tuple[LatentModel, Trace]:
+    """Fit by epochs of minibatches; the parameters of the best epoch are kept."""
+    model, trace = _start(setting, options, generator, previous)
+    if previous is None:
+        model = Scoring(setting, 1, 0.0).begin(model)
+    n, p = setting.observations.shape
+    device = setting.observations.device
+    size = min(options.batch_size or _BATCH_SIZE, n)
+    parameters = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
+    optimiser = make_adam(
+        parameters, options.learning_rate, AdamState.zeros(p, options.n_components)
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimiser, options.max_iter * max(1, n // size)
+    )
+    report = _reporter(options.verbose)
+    best, quiet = None, 0
+    for epoch in range(1, options.max_iter + 1):
+        order = torch.randperm(n, generator=generator).to(device)
+        for batch in order.split(size):
+            solve_and_step(setting.take(batch), parameters, optimiser, **options.latent_solver())
+            schedule.step()
+        loadings, intercept = parameters[:, :-1].contiguous(), parameters[:, -1].clone()
+        solved = solve_latents(setting, loadings, intercept, **options.latent_solver())
+        _, objective = envelope_gradient(setting, parameters, solved.value)
+        last = trace.loss_curve[-1] if trace.loss_curve else torch.inf
+        trace.loss_curve.append(objective)
+        trace.n_iter = epoch
+        if report is not None:
+            report(epoch, objective)
+        if best is None or objective < best[0]:
+            best = (objective, LatentModel(loadings, intercept, solved.value))
+        gained = max(trace.null_objective - objective, 0.0)
+        quiet = quiet + 1 if last - objective <= options.tol * gained else 0
+        trace.converged = quiet >= 2
+        if trace.converged:
+            break
+    model = best[1]
+    return fix_signs(balance(setting, model)(model)), trace

@@ -1,0 +1,121 @@
+"""Latents of given rows under a fitted model, and the likelihoods that rest on them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from skdeq._chunks import map_chunks
+from skdeq._model import Setting, row_problem
+from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
+
+__all__ = ["laplace_log_likelihood", "mean_variance", "solve_latents"]
+
+# Up to this rank a Hessian for every row costs less than the iterations it saves.
+_NEWTON_RANK = 16
+
+
+def solve_latents(
+    setting: Setting,
+    loadings: Tensor,
+    intercept: Tensor,
+    *,
+    method: str,
+    tol: float,
+    max_iter: int,
+    curvature: Tensor | None = None,
+    start: Tensor | None = None,
+) -> FixedPointResult:
+    """MAP latents of every row, chunk by chunk.
+
+    Parameters
+    ----------
+    setting : Setting
+    loadings : Tensor of shape (p, k)
+    intercept : Tensor of shape (p,)
+    method : {"auto", "newton", "anderson", "picard"}
+        "auto" is Newton's method for up to 16 components; above, Anderson acceleration with a
+        shared curvature, and Newton's method for the rows it leaves unsolved.
+    tol, max_iter :
+        Passed to the solver.
+    curvature : Tensor of shape (p,), optional
+        Average variance of each feature, which preconditions Anderson acceleration.
+    start : Tensor of shape (n, k), optional
+        Where to start; zero by default.
+
+    Returns
+    -------
+    FixedPointResult
+    """
+    k = loadings.shape[1]
+    finish = method == "auto" and k > _NEWTON_RANK
+    if method == "auto":
+        method = "anderson" if finish else "newton"
+    solver = SOLVERS[method]
+    problem = row_problem(
+        setting, loadings, intercept, curvature if method == "anderson" else None
+    )
+    n = problem.n_rows
+    begin = loadings.new_zeros(n, k) if start is None else start
+
+    def work(low: int, high: int) -> FixedPointResult:
+        part = problem.chunk(low, high)
+        result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
+        left = (~result.converged).nonzero().squeeze(1) if finish else ()
+        if not len(left):
+            return result
+        rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
+        for field in ("value", "residual", "converged"):
+            getattr(result, field)[left] = getattr(rest, field)
+        result.n_iter[left] += rest.n_iter
+        return result
+
+    parts = map_chunks(work, n, problem.tile_shape()[0], begin.device)
+    return FixedPointResult(
+        *(
+            torch.cat([getattr(part, field) for part in parts])
+            for field in ("value", "residual", "converged", "n_iter")
+        )
+    )
+
+
+def laplace_log_likelihood(
+    setting: Setting, loadings: Tensor, intercept: Tensor, latents: Tensor
+) -> Tensor:
+    r"""Laplace approximation of log p(x) of each row, less the sum of log h(x).
+
+    ``log p(x | z*) + log p(z*) + k/2 log 2 pi - 1/2 log det H(z*)``; exact for Gaussian rows.
+
+    Returns
+    -------
+    Tensor of shape (n,), float64
+    """
+    problem = row_problem(setting, loadings, intercept)
+    k = loadings.shape[1]
+
+    def work(low: int, high: int) -> Tensor:
+        rows = torch.arange(high - low, device=latents.device)
+        objective, _, hessian, _ = problem.chunk(low, high).derivatives(latents[low:high], rows)
+        return -objective - 0.5 * torch.logdet(hessian.double())
+
+    parts = map_chunks(work, len(latents), problem.tile_shape()[0], latents.device)
+    return torch.cat(parts) + 0.5 * k * math.log(setting.alpha)
+
+
+def mean_variance(
+    setting: Setting, loadings: Tensor, intercept: Tensor, latents: Tensor
+) -> Tensor:
+    """Average of A''(eta) over the rows, shape (p,), from at most 4,096 evenly spaced rows."""
+    n = len(latents)
+    every = max(1, n // 4096)
+    chosen = latents[::every]
+    offset = None if setting.row_offset is None else setting.row_offset[::every]
+
+    def work(low: int, high: int) -> Tensor:
+        eta = torch.addmm(intercept, chosen[low:high], loadings.T)
+        if offset is not None:
+            eta += offset[low:high].unsqueeze(1)
+        return setting.family.variance(eta).double().sum(0)
+
+    parts = map_chunks(work, len(chosen), 256, latents.device)
+    return (torch.stack(parts).sum(0) / len(chosen)).to(latents.dtype)

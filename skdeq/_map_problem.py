@@ -1,0 +1,290 @@
+r"""The maximum-a-posteriori problem: many ridge GLMs that share one design matrix.
+
+Row ``i`` minimises
+
+.. math:: \sum_j w_j m_{ij} [A(\eta_{ij}) - T(x_{ij}) \eta_{ij}]
+          + \tfrac12 \sum_l \lambda_l z_{il}^2,
+          \qquad \eta_{ij} = D_j z_i + o_j + c_i .
+
+With the loadings as design it is the problem of the latents of each row of the data; with the
+latents (and a column of ones) as design it is the problem of the loadings and intercept of each
+feature. Both halves of the alternation are therefore one piece of code.
+"""
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from skdeq._family import Family
+from skdeq._observations import Observations
+
+__all__ = ["MapProblem"]
+
+# Rows of a tile and bytes of one of its buffers: a tile stays in the second-level cache of a
+# core while it is filled, transformed and reduced. Full-size temporaries are 5-10 times slower.
+_TILE_ROWS = 256
+_TILE_BYTES = 2**20
+_TILE_BYTES_CUDA = 2**28
+# A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
+# self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
+# (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
+_SAFE_MOVE = 1.0
+
+
+class MapProblem:
+    """Batch of ridge GLMs with a common design; implements ``FixedPointProblem``.
+
+    Parameters
+    ----------
+    family : Family
+    design : Tensor of shape (q, r)
+        The matrix D.
+    observations : Observations of shape (n, q)
+        The entries T(x); only their products and gaps are used.
+    penalty : Tensor of shape (r,)
+        Ridge penalties, non-negative.
+    offset : Tensor of shape (q,), optional
+        Offsets o of the entries of every row.
+    row_offset : Tensor of shape (n,), optional
+        Offsets c of whole rows.
+    weight : Tensor of shape (q,), optional
+        Weights w of the entries of every row.
+    curvature : Tensor of shape (q,), optional
+        Typical variances of the entries. They shape the map of :meth:`step`; without them the
+        map is the equilibrium layer itself, ``f(z) - z = -gradient / penalty``.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        design: Tensor,
+        observations: Observations,
+        penalty: Tensor,
+        *,
+        offset: Tensor | None = None,
+        row_offset: Tensor | None = None,
+        weight: Tensor | None = None,
+        curvature: Tensor | None = None,
+    ):
+        self.family = family
+        self.design = design
+        self.observations = observations
+        self.penalty = penalty
+        self.row_offset = row_offset
+        self.weight = weight
+        self.q, self.r = design.shape
+        self.n_rows = observations.shape[0]
+        self._bounds = (0, self.n_rows)
+        extra = []
+        if offset is not None:
+            extra.append(offset.unsqueeze(0))
+        if row_offset is not None:
+            extra.append(torch.ones_like(design[:, :1].T))
+        # Rows, not columns: a product with few rows of long contiguous memory is several times
+        # faster than one with few columns. The offsets ride along as two further rows.
+        self._expand = torch.cat([design.T, *extra]).contiguous()
+        self._has_offset = offset is not None
+        ones = torch.ones_like(design[:, :1].T) if weight is None else weight.unsqueeze(0)
+        self._collect = torch.cat([ones, self._expand[: self.r] * ones]).contiguous()
+        # T(x) enters the problem through this product alone.
+        projected = observations @ (self._expand * ones).T.contiguous()
+        self.projection = projected[:, : self.r].contiguous()
+        # The part of sum_j T(x_j) eta_j that does not depend on z.
+        self.constant = torch.zeros_like(self.projection[:, 0], dtype=torch.float64)
+        if offset is not None:
+            self.constant += projected[:, self.r]
+        if row_offset is not None:
+            self.constant += row_offset.double() * projected[:, -1]
+        self._square = self._collect[0] * design.square().sum(1)
+        # A row whose entries have no variance left (an all-zero column of counts whose intercept
+        # tends to minus infinity) counts as solved instead of being chased for ever.
+        self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
+        self._longest = math.sqrt(float(design.square().sum(1).max())) if len(design) else 0.0
+        self._upper = torch.triu_indices(self.r, self.r, device=design.device)
+        self._set_map(curvature)
+
+    def _set_map(self, curvature: Tensor | None) -> None:
+        self._basis = None
+        if curvature is None:
+            return
+        shared = (self.design * (curvature * self._collect[0]).unsqueeze(1)).T @ self.design
+        values, vectors = torch.linalg.eigh(shared.double())
+        self._spectrum = values.clamp_min(0).to(self.design.dtype)
+        self._basis = vectors.to(self.design.dtype)
+        self._typical = float((curvature * self._square).sum()) / self.r
+        self._relative = self.design.new_ones(self.n_rows)
+
+    def tile_shape(self) -> tuple[int, int]:
+        """Rows and design entries worked on at a time."""
+        size = self.design.element_size()
+        if self.design.device.type != "cpu":
+            rows = max(1, _TILE_BYTES_CUDA // (size * self.q))
+            return min(rows, self.n_rows), self.q
+        rows = min(_TILE_ROWS, self.n_rows)
+        return rows, max(64, min(self.q, _TILE_BYTES // (size * rows)))
+
+    def chunk(self, start: int, stop: int) -> "MapProblem":
+        """Return the problem of the rows ``start:stop``, sharing the design."""
+        part = object.__new__(MapProblem)
+        part.__dict__.update(self.__dict__)
+        part.n_rows = stop - start
+        part.projection = self.projection[start:stop]
+        part.constant = self.constant[start:stop]
+        part.row_offset = None if self.row_offset is None else self.row_offset[start:stop]
+        part.__dict__.pop("_missing", None)
+        first = self._bounds[0]
+        part._bounds = (first + start, first + stop)
+        if self._basis is not None:
+            part._relative = self._relative[start:stop].clone()
+        return part
+
+    def select(self, index: Tensor) -> "MapProblem":
+        """Return the problem of some rows of this chunk, in the order given."""
+        part = object.__new__(MapProblem)
+        part.__dict__.update(self.__dict__)
+        part.n_rows = len(index)
+        part.projection = self.projection[index]
+        part.constant = self.constant[index]
+        part.row_offset = None if self.row_offset is None else self.row_offset[index]
+        missing = self._missing
+        part.__dict__["_missing"] = None if missing is None else missing[index]
+        if self._basis is not None:
+            part._relative = self._relative[index].clone()
+        return part
+
+    @cached_property
+    def _missing(self) -> Tensor | None:
+        return self.observations.missing_rows(*self._bounds)
+
+    def _predictors(self, z: Tensor, rows: Tensor) -> Tensor:
+        extra = []
+        if self._has_offset:
+            extra.append(z.new_ones(len(z), 1))
+        if self.row_offset is not None:
+            extra.append(self.row_offset[rows].unsqueeze(1))
+        return torch.cat([z, *extra], dim=1) if extra else z
+
+    def _accumulate(
+        self,
+        z: Tensor,
+        rows: Tensor,
+        *,
+        objective: bool,
+        gradient: bool,
+        hessian: bool,
+        curvature: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile."""
+        expanded = self._predictors(z, rows)
+        _, width = self.tile_shape()
+        missing = self._missing
+        if missing is not None:
+            missing = missing if len(rows) == self.n_rows else missing[rows]
+        first, second = self._upper
+        total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
+        slope = z.new_zeros(self.r, len(z)) if gradient else None
+        bend = z.new_zeros(len(first), len(z)) if hessian else None
+        size = z.new_zeros(len(z)) if curvature else None
+        buffer = z.new_empty(len(z), min(width, self.q))
+        for start in range(0, self.q, width):
+            stop = min(start + width, self.q)
+            eta = (
+                buffer[:, : stop - start]
+                if stop - start == buffer.shape[1]
+                else z.new_empty(len(z), stop - start)
+            )
+            torch.mm(expanded, self._expand[:, start:stop], out=eta)
+            log_partition, mean, variance = self.family.statistics_(
+                eta, log_partition=objective, variance=hessian or curvature
+            )
+            if missing is not None:
+                gaps = missing[:, start:stop]
+                for one in (log_partition, mean, variance):
+                    if one is not None:
+                        one.masked_fill_(gaps, 0)
+            collect = self._collect[:, start:stop]
+            if objective:
+                total += torch.mv(log_partition, collect[0])
+            if gradient:
+                slope.addmm_(collect[1:], mean.T)
+            if hessian:
+                tile = self._expand[:, start:stop]
+                bend.addmm_(collect[1:][first] * tile[second], variance.T)
+            if curvature:
+                size += torch.mv(variance, self._square[start:stop])
+        return total, slope, bend, size
+
+    def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        linear = (self.projection[rows].double() * z.double()).sum(1) + self.constant[rows]
+        value = total - linear + 0.5 * (z.double().square() @ self.penalty.double())
+        return torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
+
+    def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        return slope.T - self.projection[rows] + self.penalty * z
+
+    def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
+        r"""Largest entry of ``|f(z) - z|`` in units of a diagonal Newton step.
+
+        The raw residual ``gradient / penalty`` has no scale: with a weak prior it is huge at
+        points that are exact to the last digit. Dividing by the mean curvature instead of the
+        penalty, and by ``1 + max |z|``, makes it an estimate of the relative error of z.
+        """
+        curvature = (curvature / self.r).clamp_min(self._least)
+        scale = (self.penalty.mean() + curvature) * (1 + z.abs().amax(1))
+        return gradient.abs().amax(1) / scale
+
+    def objective(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Objective of each row, float64; infinite outside the domain of the family."""
+        total, *_ = self._accumulate(
+            z, rows, objective=True, gradient=False, hessian=False, curvature=False
+        )
+        return self._penalised(total, z, rows)
+
+    def gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and scaled residual of each row."""
+        _, slope, _, size = self._accumulate(
+            z, rows, objective=False, gradient=True, hessian=False, curvature=True
+        )
+        if self._basis is not None:
+            self._relative[rows] = (size / self.r / max(self._typical, 1e-30)).clamp(1e-3, 1e3)
+        gradient = self._gradient(slope, z, rows)
+        return gradient, self._residual(gradient, z, size)
+
+    def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and gradient of each row."""
+        total, slope, _, _ = self._accumulate(
+            z, rows, objective=True, gradient=True, hessian=False, curvature=False
+        )
+        return self._penalised(total, z, rows), self._gradient(slope, z, rows)
+
+    def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objective, gradient, Hessian and scaled residual of each row."""
+        total, slope, bend, _ = self._accumulate(
+            z, rows, objective=True, gradient=True, hessian=True, curvature=False
+        )
+        first, second = self._upper
+        hessian = z.new_empty(len(z), self.r, self.r)
+        hessian[:, first, second] = bend.T
+        hessian[:, second, first] = bend.T
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        size = diagonal.sum(1)
+        diagonal.add_(self.penalty)
+        gradient = self._gradient(slope, z, rows)
+        residual = self._residual(gradient, z, size)
+        return self._penalised(total, z, rows), gradient, hessian, residual
+
+    def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Displacement f(z) - z of the map whose fixed points are the solutions."""
+        if self._basis is None:
+            return -gradient / self.penalty
+        inner = self.penalty + self._relative[rows].unsqueeze(1) * self._spectrum
+        return -((gradient @ self._basis) / inner) @ self._basis.T
+
+    def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
+        """Where a full Newton step decreases the objective by self-concordance."""
+        constant = self.family.self_concordance
+        if constant is None:
+            return torch.zeros(len(step), dtype=torch.bool, device=step.device)
+        return constant * step.norm(dim=1) * self._longest <= _SAFE_MOVE

@@ -1,0 +1,165 @@
+"""The model as the solvers see it: what is given, what is fitted, and its two halves."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from skdeq._chunks import map_chunks
+from skdeq._family import Family
+from skdeq._map_problem import MapProblem
+from skdeq._observations import Observations
+from skdeq.fixed_point import newton
+
+__all__ = ["LatentModel", "Setting", "column_problem", "null_model", "row_problem"]
+
+
+@dataclass
+class LatentModel:
+    """Parameters of the model and the training latents that go with them.
+
+    Attributes
+    ----------
+    loadings : Tensor of shape (p, k)
+    intercept : Tensor of shape (p,)
+    latents : Tensor of shape (n, k)
+    """
+
+    loadings: Tensor
+    intercept: Tensor
+    latents: Tensor
+
+    def extrapolate(self, previous: "LatentModel", amount: float) -> "LatentModel":
+        """Go on from ``previous`` to this model and beyond by ``amount`` of the way."""
+        return LatentModel(
+            *(
+                torch.add(new, new - old, alpha=amount)
+                for new, old in zip(
+                    (self.loadings, self.intercept, self.latents),
+                    (previous.loadings, previous.intercept, previous.latents),
+                    strict=True,
+                )
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is given and stays fixed during a fit.
+
+    Attributes
+    ----------
+    family : Family
+    observations : Observations of shape (n, p)
+    alpha : float
+        Prior precision of the latents.
+    weight_decay : float
+        Penalty of the loadings in the mean objective.
+    sample_weight : Tensor of shape (n,) or None
+    row_offset : Tensor of shape (n,) or None
+    log_base : float
+        Weighted sum of log h(x), the part of the log-likelihood that no parameter enters.
+    """
+
+    family: Family
+    observations: Observations
+    alpha: float
+    weight_decay: float
+    sample_weight: Tensor | None = None
+    row_offset: Tensor | None = None
+    log_base: float = 0.0
+
+    def take(self, index: Tensor) -> "Setting":
+        """Return the same for some rows; the log base is left out."""
+        weight, offset = self.sample_weight, self.row_offset
+        return replace(
+            self,
+            observations=self.observations.take(index),
+            sample_weight=None if weight is None else weight[index],
+            row_offset=None if offset is None else offset[index],
+            log_base=0.0,
+        )
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the sample weights."""
+        if self.sample_weight is None:
+            return float(self.observations.shape[0])
+        return float(self.sample_weight.double().sum())
+
+    def weighted_sum(self, values: Tensor) -> float:
+        """Sum over rows under the sample weights, in float64."""
+        values = values.double()
+        if self.sample_weight is None:
+            return float(values.sum())
+        return float(values @ self.sample_weight.double())
+
+
+def row_problem(
+    setting: Setting, loadings: Tensor, intercept: Tensor, curvature: Tensor | None = None
+) -> MapProblem:
+    """Latents of every row given the loadings."""
+    penalty = loadings.new_full((loadings.shape[1],), setting.alpha)
+    return MapProblem(
+        setting.family,
+        loadings,
+        setting.observations,
+        penalty,
+        offset=intercept,
+        row_offset=setting.row_offset,
+        curvature=curvature,
+    )
+
+
+def column_problem(
+    setting: Setting, latents: Tensor, curvature: Tensor | None = None
+) -> MapProblem:
+    """Set up loadings and intercept of every feature given the latents (n, r), r >= 0."""
+    design = torch.cat([latents, latents.new_ones(len(latents), 1)], dim=1)
+    penalty = design.new_full((design.shape[1],), setting.weight_decay * setting.total_weight)
+    penalty[-1] = 0
+    return MapProblem(
+        setting.family,
+        design,
+        setting.observations.T,
+        penalty,
+        offset=setting.row_offset,
+        weight=setting.sample_weight,
+        curvature=curvature,
+    )
+
+
+def null_model(setting: Setting) -> tuple[Tensor, float]:
+    """Intercept of the model without latents, and its mean objective."""
+    observations, family = setting.observations, setting.family
+    n, p = observations.shape
+    weight = setting.sample_weight
+    ones = torch.ones(n, dtype=observations.dtype, device=observations.device)
+    weight = ones if weight is None else weight
+    transposed = observations.T
+    total = transposed @ weight.unsqueeze(1)
+    counts = weight.double().sum().expand(p)
+    if observations.missing is not None:
+        gaps = transposed.missing_product(weight.unsqueeze(1).double()).squeeze(1)
+        counts = (counts - gaps).clamp_min(torch.finfo(torch.float64).tiny)
+    mean = total.squeeze(1).double() / counts
+    grand = float(total.double().sum() / counts.sum())
+    start = family.link(mean)
+    # A column at the edge of the mean space (all zeros) has no finite optimum: start it half an
+    # observation inside.
+    inside = (mean * counts + 0.5 * grand) / (counts + 0.5)
+    start = torch.where(torch.isfinite(start), start, family.link(inside))
+    start = torch.nan_to_num(start, nan=-1.0, posinf=1.0, neginf=-1.0)
+    problem = column_problem(setting, ones.new_zeros(n, 0))
+    begin = start.to(observations.dtype).unsqueeze(1)
+
+    def work(low: int, high: int) -> tuple[Tensor, Tensor]:
+        part = problem.chunk(low, high)
+        result = newton(part, begin[low:high], tol=1e-6, max_iter=10)
+        rows = torch.arange(high - low, device=begin.device)
+        return result.value, part.objective(result.value, rows)
+
+    parts = map_chunks(work, p, problem.tile_shape()[0], observations.device)
+    intercept = torch.cat([one for one, _ in parts]).squeeze(1)
+    objective = float(torch.cat([two for _, two in parts]).sum())
+    return intercept, (objective - setting.log_base) / setting.total_weight

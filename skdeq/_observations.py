@@ -1,0 +1,139 @@
+"""Observed entries of a data matrix on a device, dense or sparse, with or without gaps."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["CompressedRows", "Observations"]
+
+
+@dataclass(frozen=True)
+class CompressedRows:
+    """Compressed sparse rows as three tensors; ``values`` is None where only the places matter."""
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor | None
+    shape: tuple[int, int]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The matrix in the sparse layout whose products this machine supports."""
+        csr = torch.sparse_csr_tensor(
+            self.indptr, self.indices, self.values, self.shape, check_invariants=False
+        )
+        # Without MKL torch multiplies only coordinate tensors on the CPU.
+        if self.values.device.type == "cpu" and not torch.backends.mkl.is_available():
+            return csr.to_sparse_coo()
+        return csr
+
+    @cached_property
+    def T(self) -> "CompressedRows":
+        """The transpose, kept once made."""
+        n, p = self.shape
+        order = torch.argsort(self.indices, stable=True)
+        counts = torch.bincount(self.indices, minlength=p)
+        rows = torch.repeat_interleave(
+            torch.arange(n, device=self.indices.device), self.indptr.diff()
+        )
+        transpose = CompressedRows(
+            torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            rows[order],
+            None if self.values is None else self.values[order],
+            (p, n),
+        )
+        transpose.__dict__["T"] = self
+        return transpose
+
+    def take(self, index: Tensor) -> "CompressedRows":
+        """Return some rows, in the order given."""
+        counts = self.indptr.diff()[index]
+        indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        shift = torch.repeat_interleave(self.indptr[index] - indptr[:-1], counts)
+        places = shift + torch.arange(len(shift), device=shift.device)
+        values = None if self.values is None else self.values[places]
+        return CompressedRows(indptr, self.indices[places], values, (len(index), self.shape[1]))
+
+    def places(self, start: int, stop: int) -> Tensor:
+        """Return the stored places of the rows ``start:stop`` as a boolean matrix."""
+        part = self.indptr[start : stop + 1]
+        rows = torch.repeat_interleave(torch.arange(stop - start, device=part.device), part.diff())
+        mask = torch.zeros(stop - start, self.shape[1], dtype=torch.bool, device=part.device)
+        mask[rows, self.indices[part[0] : part[-1]]] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Sufficient statistics T(x) of n rows and p features; a missing entry counts as zero here.
+
+    Everything a solver needs of the data is two products and the places of the gaps, so that
+    dense and sparse data share every line of the solvers.
+
+    Attributes
+    ----------
+    values : Tensor of shape (n, p) or CompressedRows
+        T(x), zero where missing.
+    missing : Tensor of shape (n, p), CompressedRows or None
+        Places of the missing entries; None when there are none.
+    """
+
+    values: Tensor | CompressedRows
+    missing: Tensor | CompressedRows | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and of features."""
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the values."""
+        values = self.values
+        return values.values.dtype if isinstance(values, CompressedRows) else values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the values."""
+        values = self.values
+        return values.values.device if isinstance(values, CompressedRows) else values.device
+
+    @property
+    def T(self) -> "Observations":
+        """The same entries with features as rows."""
+        return Observations(self.values.T, None if self.missing is None else self.missing.T)
+
+    def take(self, index: Tensor) -> "Observations":
+        """Return some rows, in the order given."""
+
+        def rows(part):
+            return part.take(index) if isinstance(part, CompressedRows) else part[index]
+
+        return Observations(
+            rows(self.values), None if self.missing is None else rows(self.missing)
+        )
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Product with a dense matrix of shape (p, r)."""
+        if isinstance(self.values, CompressedRows):
+            return self.values.matrix @ other
+        return self.values @ other
+
+    def missing_rows(self, start: int, stop: int) -> Tensor | None:
+        """Places of the missing entries of some rows, bool (stop - start, p), or None."""
+        if self.missing is None:
+            return None
+        if isinstance(self.missing, CompressedRows):
+            return self.missing.places(start, stop)
+        return self.missing[start:stop]
+
+    def missing_product(self, other: Tensor) -> Tensor:
+        """Product of the places of the missing entries with a matrix of shape (p, r)."""
+        n, _ = self.shape
+        parts = [
+            self.missing_rows(start, min(start + 1024, n)).to(other.dtype) @ other
+            for start in range(0, n, 1024)
+        ]
+        return torch.cat(parts)

@@ -1,0 +1,133 @@
+"""Exponential families and canonical maps, elementwise on torch tensors.
+
+One object defines a family everywhere: the equilibrium map, the loss, the start value and the
+score are all computed from it, so that they cannot disagree.
+"""
+
+import difflib
+
+import torch
+
+from ._families_bounded import Bernoulli, Binomial, ContinuousBernoulli, Gaussian, Rademacher
+from ._families_positive import Gamma, NegativeBinomial, Poisson
+from ._family import CanonicalMap, Family
+from ._interval import Interval
+
+__all__ = [
+    "CANONICAL_MAPS",
+    "FAMILIES",
+    "Bernoulli",
+    "Binomial",
+    "CanonicalMap",
+    "ContinuousBernoulli",
+    "Family",
+    "Gamma",
+    "Gaussian",
+    "Identity",
+    "Interval",
+    "NegativeBinomial",
+    "Poisson",
+    "Rademacher",
+    "get_canonical_map",
+    "get_family",
+]
+
+
+class Identity(CanonicalMap):
+    """The map of an ordinary generalised linear model: eta is the linear predictor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import Identity
+    >>> Identity().derivative(torch.tensor([0.5, -2.0]))
+    tensor([1., 1.])
+    """
+
+    def value(self, zeta):
+        """Return `zeta` itself."""
+        return zeta
+
+    def derivative(self, zeta):
+        """Return ones."""
+        return torch.ones_like(zeta)
+
+
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family
+    for family in (
+        Gaussian,
+        Bernoulli,
+        Binomial,
+        Poisson,
+        ContinuousBernoulli,
+        NegativeBinomial,
+        Gamma,
+        Rademacher,
+    )
+}
+
+CANONICAL_MAPS: dict[str, type[CanonicalMap]] = {"identity": Identity}
+
+
+def _look_up(choice, kind: type, registry: dict[str, type], what: str):
+    if isinstance(choice, kind):
+        return choice
+    if isinstance(choice, str):
+        if choice in registry:
+            return registry[choice]()
+        nearest = difflib.get_close_matches(choice.lower(), registry, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        known = ", ".join(repr(name) for name in registry)
+        raise ValueError(f"Unknown {what} {choice!r}.{hint} Known are {known}.")
+    if isinstance(choice, type) and issubclass(choice, kind):
+        raise TypeError(
+            f"The {what} must be an object, not a class: write {choice.__name__}(...)."
+        )
+    raise TypeError(
+        f"The {what} must be a string or a {kind.__name__} object; got {type(choice).__name__}."
+    )
+
+
+def get_family(family: str | Family) -> Family:
+    """Return the family of that name with its default parameters, or the object given.
+
+    Parameters
+    ----------
+    family : str or Family
+        A key of `FAMILIES`, or a family object.
+
+    Returns
+    -------
+    Family
+        The family.
+
+    Examples
+    --------
+    >>> from skdeq.families import get_family
+    >>> get_family("binomial")
+    Binomial(n_trials=10)
+    """
+    return _look_up(family, Family, FAMILIES, "family")
+
+
+def get_canonical_map(canonical_map: str | CanonicalMap) -> CanonicalMap:
+    """Return the canonical map of that name, or the object given.
+
+    Parameters
+    ----------
+    canonical_map : str or CanonicalMap
+        A key of `CANONICAL_MAPS`, or a map object.
+
+    Returns
+    -------
+    CanonicalMap
+        The map.
+
+    Examples
+    --------
+    >>> from skdeq.families import get_canonical_map
+    >>> get_canonical_map("identity")
+    Identity()
+    """
+    return _look_up(canonical_map, CanonicalMap, CANONICAL_MAPS, "canonical map")
