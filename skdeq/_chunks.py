@@ -1,5 +1,6 @@
 """Run a function over chunks of rows, in parallel on the CPU, with results in a fixed order."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -7,9 +8,13 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["chunk_bounds", "map_chunks"]
+__all__ = ["chunk_bounds", "map_chunks", "parallel_chunks"]
 
 Result = TypeVar("Result")
+
+_local = threading.local()
+_lock = threading.Lock()
+_shared = {"inside": 0, "threads": 1}
 
 
 def chunk_bounds(n_rows: int, size: int) -> list[tuple[int, int]]:
@@ -18,16 +23,40 @@ def chunk_bounds(n_rows: int, size: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    # One torch thread per worker: a tile in cache is too small to be worth splitting, and the
-    # barriers of the inner threads would cost more than the work. The setting is per thread but
-    # also the default of threads to come, hence the restoration.
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+def parallel_chunks() -> Iterator[None]:
+    """Let the calls of :func:`map_chunks` inside share one pool of threads.
+
+    The pool has as many threads as torch would use, and inside torch itself uses one: whole
+    chunks are worked on side by side, instead of every small operation being split. A chunk in
+    cache is too small to be worth splitting, and where another process wants a core the barriers
+    of split operations cost tens of times the work. The number of torch's threads is restored on
+    leaving. Of several Python threads in here at once, only the first has a pool, so that they do
+    not use more cores than torch was given.
+    """
+    if getattr(_local, "inside", False):
+        yield
+        return
+    with _lock:
+        if _shared["inside"] == 0:
+            _shared["threads"] = torch.get_num_threads()
+        _shared["inside"] += 1
+        alone = _shared["inside"] == 1
+        threads = _shared["threads"]
+    pool = None
+    if alone and threads > 1:
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)
+    _local.inside, _local.pool = True, pool
     try:
-        yield pool
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(count)
+        _local.inside, _local.pool = False, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        with _lock:
+            _shared["inside"] -= 1
+            # Torch keeps one number per thread and one for threads to come; this sets both.
+            torch.set_num_threads(threads)
 
 
 def map_chunks(
@@ -38,8 +67,7 @@ def map_chunks(
     The chunks do not depend on the number of threads, and neither do the results.
     """
     bounds = chunk_bounds(n_rows, size)
-    count = min(torch.get_num_threads(), len(bounds))
-    if device.type != "cpu" or count < 2:
+    pool = getattr(_local, "pool", None)
+    if pool is None or device.type != "cpu" or len(bounds) < 2:
         return [function(start, stop) for start, stop in bounds]
-    with _workers(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda bound: function(*bound), bounds))
+    return list(pool.map(lambda bound: function(*bound), bounds))

@@ -28,8 +28,9 @@ from skdeq._base import (
     to_observations,
     unchanged_on_error,
 )
+from skdeq._chunks import parallel_chunks
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
-from skdeq._latents import laplace_log_likelihood, mean_variance, solve_latents
+from skdeq._latents import laplace_log_likelihood, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
 from skdeq._rotation import (
     explained_deviance,
@@ -163,7 +164,7 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     n_iter_ : int
         Iterations run.
     converged_ : bool
-        Whether `tol` was met and every training row is solved.
+        Whether `tol` was met within `max_iter` iterations. Of single rows `map_latents` tells.
     n_features_in_ : int
         Number of features seen during fit.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -293,7 +294,7 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             For observations outside the support of the family, naming row and column, for a
             column without any observation, and for more components than rows or columns.
         """
-        with unchanged_on_error(self):
+        with unchanged_on_error(self), parallel_chunks():
             self._fit(X, sample_weight)
         return self
 
@@ -315,8 +316,17 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         ndarray of shape (n_samples, n_components)
             Scores, or latents if ``whiten=True``.
         """
-        with unchanged_on_error(self):
-            return self._output(self._fit(X, sample_weight))
+        with unchanged_on_error(self), parallel_chunks():
+            setting, model = self._fit(X, sample_weight)
+            solution = solve_latents(
+                setting,
+                model.loadings,
+                model.intercept,
+                curvature=torch.from_numpy(self._curvature).to(model.loadings),
+                start=model.latents,
+                **self._options().latent_solver(),
+            )
+            return self._output(solution.value)
 
     def transform(self, X):
         """Scores of rows, seen in training or not.
@@ -331,7 +341,8 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         ndarray of shape (n_samples, n_components)
             Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
         """
-        return self._output(self._solve(X)[0].value)
+        with parallel_chunks():
+            return self._output(self._solve(X)[0].value)
 
     def map_latents(self, X):
         """MAP latents of rows, each with its certificate of convergence.
@@ -347,7 +358,8 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             ``value`` (n_samples, n_components) in units of the prior, ``residual``,
             ``converged`` and ``n_iter`` (n_samples,), all numpy arrays.
         """
-        result, _, _ = self._solve(X)
+        with parallel_chunks():
+            result, _, _ = self._solve(X)
         return FixedPointResult(
             *(
                 to_numpy(getattr(result, field))
@@ -406,10 +418,11 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         -------
         ndarray of shape (n_samples,), float64
         """
-        result, setting, X = self._solve(X)
-        loadings, intercept = self._parameters(setting)
-        marginal = laplace_log_likelihood(setting, loadings, intercept, result.value)
-        return to_numpy(marginal) + log_base_rows(X, setting.family)
+        with parallel_chunks():
+            result, setting, X = self._solve(X)
+            loadings, intercept = self._parameters(setting)
+            marginal = laplace_log_likelihood(setting, loadings, intercept, result.value)
+            return to_numpy(marginal) + log_base_rows(X, setting.family)
 
     def score(self, X, y=None):
         """Mean of `score_samples`, for model selection by cross-validation.
@@ -450,7 +463,7 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         self : ExpFamilyDEQ
             The updated estimator.
         """
-        with unchanged_on_error(self):
+        with unchanged_on_error(self), parallel_chunks():
             if getattr(self, "components_", None) is None:
                 self._fit(X, sample_weight)
             else:
@@ -528,22 +541,19 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         solver = fit_minibatches if self.solver == "adam" else fit_full_batch
         options = self._options()
         model, trace = solver(setting, options, generator, previous)
-        loadings, intercept = model.loadings, model.intercept
-        curvature = mean_variance(setting, loadings, intercept, model.latents)
-        solution = solve_latents(
-            setting,
-            loadings,
-            intercept,
-            curvature=curvature,
-            start=model.latents,
-            **options.latent_solver(),
-        )
-        moments = latent_covariance(solution.value, setting.sample_weight)
-        if not trace.converged or not bool(solution.converged.all()):
-            self._warn(trace, solution)
-        self._store(X, setting, model, solution, trace, moments, curvature)
+        if not trace.converged:
+            warnings.warn(
+                f"{type(self).__name__} did not converge: the objective still changed by more "
+                f"than tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
+                "increase max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        moments = latent_covariance(model.latents, setting.sample_weight)
+        curvature = typical_variance(setting, model, "rows")
+        self._store(X, setting, model, trace, moments, curvature)
         self._exposure_profile, self._adam = profile, AdamState.zeros(p, k)
-        return solution.value
+        return setting, model
 
     def _options(self) -> FitOptions:
         return FitOptions(
@@ -558,10 +568,10 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             verbose=int(self.verbose),
         )
 
-    def _store(self, X, setting, model, solution, trace, moments, curvature) -> None:
+    def _store(self, X, setting, model, trace, moments, curvature) -> None:
         """Rotate to principal scores and keep everything as numpy."""
         components, to_scores = orthonormal_scores(model.loadings, moments[1])
-        latents = solution.value
+        latents = model.latents
         explained = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
@@ -577,31 +587,10 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         self.explained_deviance_ratio_ = to_numpy(explained, dtype)
         self.loss_curve_ = trace.loss_curve
         self.n_iter_ = trace.n_iter
-        self.converged_ = trace.converged and bool(solution.converged.all())
+        self.converged_ = trace.converged
         self._to_scores = to_numpy(to_scores, dtype)
         self._curvature = to_numpy(curvature, dtype)
         self._moments = tuple(np.asarray(part) for part in moments)
-
-    def _warn(self, trace: Trace, solution: FixedPointResult) -> None:
-        parts = []
-        if not trace.converged:
-            parts.append(
-                f"the objective still changed after max_iter={self.max_iter} iterations; "
-                "increase max_iter or tol"
-            )
-        unsolved = int((~solution.converged).sum())
-        if unsolved:
-            parts.append(
-                f"the latents of {unsolved} of {len(solution.converged)} rows are not solved to "
-                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
-                f"{float(solution.residual.max()):.1e}); increase fixed_point_max_iter, use "
-                "fixed_point='newton', or increase alpha"
-            )
-        warnings.warn(
-            f"{type(self).__name__} did not converge: " + "; ".join(parts) + ".",
-            ConvergenceWarning,
-            stacklevel=5,
-        )
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
@@ -629,7 +618,7 @@ class ExpFamilyDEQ(Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             seen, latent_covariance(solution.value.cpu(), setting.sample_weight)
         )
         curvature = torch.from_numpy(self._curvature)
-        self._store(X, setting, model, solution, trace, moments, curvature)
+        self._store(X, setting, model, trace, moments, curvature)
         self._adam = adam_state(parameters, optimiser)
 
     def _parameters(self, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,8 +94,11 @@ class _Logistic(Family):
 
     def statistics_(self, eta, *, log_partition=False, variance=False):
         """Compute A, mean and variance from one sigmoid in place."""
-        a = _softplus(eta) if log_partition else None
+        a = eta.clamp(min=0) if log_partition else None
         mean = eta.sigmoid_()
+        if log_partition:
+            # softplus(eta) = max(eta, 0) - log sigmoid(|eta|): a third of the time of softplus.
+            a.sub_(torch.maximum(mean, 1 - mean).log_())
         if self.n_trials != 1:
             mean.mul_(self.n_trials)
             a = a.mul_(self.n_trials) if log_partition else None

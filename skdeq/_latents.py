@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._model import Setting, row_problem
+from skdeq._model import LatentModel, Setting, row_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
 
-__all__ = ["laplace_log_likelihood", "mean_variance", "solve_latents"]
+__all__ = ["laplace_log_likelihood", "solve_latents", "typical_variance"]
 
 # Up to this rank a Hessian for every row costs less than the iterations it saves.
 _NEWTON_RANK = 16
+# Sample sizes of the average variances, which only shape steps.
+_VARIANCE_ROWS = 4096
+_VARIANCE_COLUMNS = 1024
 
 
 def solve_latents(
@@ -102,20 +105,39 @@ def laplace_log_likelihood(
     return torch.cat(parts) + 0.5 * k * math.log(setting.alpha)
 
 
-def mean_variance(
-    setting: Setting, loadings: Tensor, intercept: Tensor, latents: Tensor
-) -> Tensor:
-    """Average of A''(eta) over the rows, shape (p,), from at most 4,096 evenly spaced rows."""
-    n = len(latents)
-    every = max(1, n // 4096)
-    chosen = latents[::every]
-    offset = None if setting.row_offset is None else setting.row_offset[::every]
+def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
+    """Average variance of each feature over rows, or of each row over features.
+
+    Parameters
+    ----------
+    setting : Setting
+    model : LatentModel
+    side : {"rows", "columns"}
+        The half whose design it is for: "rows" gives a value for each feature, shape (p,).
+
+    Returns
+    -------
+    Tensor of shape (p,) or (n,)
+        From at most 4,096 evenly spaced rows, or 1,024 features.
+    """
+    latents, offset = model.latents, setting.row_offset
+    loadings, intercept = model.loadings, model.intercept
+    if side == "rows":
+        every = max(1, len(latents) // _VARIANCE_ROWS)
+        latents = latents[::every]
+        offset = None if offset is None else offset[::every]
+    else:
+        every = max(1, len(loadings) // _VARIANCE_COLUMNS)
+        loadings, intercept = loadings[::every].contiguous(), intercept[::every]
 
     def work(low: int, high: int) -> Tensor:
-        eta = torch.addmm(intercept, chosen[low:high], loadings.T)
+        eta = torch.addmm(intercept, latents[low:high], loadings.T)
         if offset is not None:
             eta += offset[low:high].unsqueeze(1)
-        return setting.family.variance(eta).double().sum(0)
+        variance = setting.family.statistics_(eta, variance=True)[2]
+        return variance.double().sum(0) if side == "rows" else variance.double().mean(1)
 
-    parts = map_chunks(work, len(chosen), 256, latents.device)
-    return (torch.stack(parts).sum(0) / len(chosen)).to(latents.dtype)
+    parts = map_chunks(work, len(latents), 256, latents.device)
+    if side == "rows":
+        return (torch.stack(parts).sum(0) / len(latents)).to(latents.dtype)
+    return torch.cat(parts).to(latents.dtype)

@@ -54,6 +54,9 @@ class MapProblem:
     curvature : Tensor of shape (q,), optional
         Typical variances of the entries. They shape the map of :meth:`step`; without them the
         map is the equilibrium layer itself, ``f(z) - z = -gradient / penalty``.
+    majorise : bool
+        Whether the curvature is an upper bound for every row. If not, each row scales it to its
+        own mean.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class MapProblem:
         row_offset: Tensor | None = None,
         weight: Tensor | None = None,
         curvature: Tensor | None = None,
+        majorise: bool = False,
     ):
         self.family = family
         self.design = design
@@ -103,6 +107,7 @@ class MapProblem:
         self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
         self._longest = math.sqrt(float(design.square().sum(1).max())) if len(design) else 0.0
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
+        self._majorise = majorise
         self._set_map(curvature)
 
     def _set_map(self, curvature: Tensor | None) -> None:
@@ -235,6 +240,11 @@ class MapProblem:
         scale = (self.penalty.mean() + curvature) * (1 + z.abs().amax(1))
         return gradient.abs().amax(1) / scale
 
+    def _set_relative(self, rows: Tensor, curvature: Tensor) -> None:
+        if self._basis is not None and not self._majorise:
+            typical = max(self._typical, 1e-30)
+            self._relative[rows] = (curvature / self.r / typical).clamp(1e-3, 1e3)
+
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64; infinite outside the domain of the family."""
         total, *_ = self._accumulate(
@@ -247,16 +257,18 @@ class MapProblem:
         _, slope, _, size = self._accumulate(
             z, rows, objective=False, gradient=True, hessian=False, curvature=True
         )
-        if self._basis is not None:
-            self._relative[rows] = (size / self.r / max(self._typical, 1e-30)).clamp(1e-3, 1e3)
+        self._set_relative(rows, size)
         gradient = self._gradient(slope, z, rows)
         return gradient, self._residual(gradient, z, size)
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
-        total, slope, _, _ = self._accumulate(
-            z, rows, objective=True, gradient=True, hessian=False, curvature=False
+        adapt = self._basis is not None and not self._majorise
+        total, slope, _, size = self._accumulate(
+            z, rows, objective=True, gradient=True, hessian=False, curvature=adapt
         )
+        if adapt:
+            self._set_relative(rows, size)
         return self._penalised(total, z, rows), self._gradient(slope, z, rows)
 
     def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,7 +291,7 @@ class MapProblem:
         """Displacement f(z) - z of the map whose fixed points are the solutions."""
         if self._basis is None:
             return -gradient / self.penalty
-        inner = self.penalty + self._relative[rows].unsqueeze(1) * self._spectrum
+        inner = self.penalty.amax() + self._relative[rows].unsqueeze(1) * self._spectrum
         return -((gradient @ self._basis) / inner) @ self._basis.T
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:

@@ -96,7 +96,11 @@ class Setting:
 
 
 def row_problem(
-    setting: Setting, loadings: Tensor, intercept: Tensor, curvature: Tensor | None = None
+    setting: Setting,
+    loadings: Tensor,
+    intercept: Tensor,
+    curvature: Tensor | None = None,
+    majorise: bool = False,
 ) -> MapProblem:
     """Latents of every row given the loadings."""
     penalty = loadings.new_full((loadings.shape[1],), setting.alpha)
@@ -108,11 +112,15 @@ def row_problem(
         offset=intercept,
         row_offset=setting.row_offset,
         curvature=curvature,
+        majorise=majorise,
     )
 
 
 def column_problem(
-    setting: Setting, latents: Tensor, curvature: Tensor | None = None
+    setting: Setting,
+    latents: Tensor,
+    curvature: Tensor | None = None,
+    majorise: bool = False,
 ) -> MapProblem:
     """Set up loadings and intercept of every feature given the latents (n, r), r >= 0."""
     design = torch.cat([latents, latents.new_ones(len(latents), 1)], dim=1)
@@ -126,6 +134,7 @@ def column_problem(
         offset=setting.row_offset,
         weight=setting.sample_weight,
         curvature=curvature,
+        majorise=majorise,
     )
 
 

@@ -6,6 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from skdeq._chunks import map_chunks
+
+# Entries that one thread multiplies at a time.
+_PRODUCT_ENTRIES = 2**20
+
 __all__ = ["CompressedRows", "Observations"]
 
 
@@ -119,7 +124,12 @@ class Observations:
         """Product with a dense matrix of shape (p, r)."""
         if isinstance(self.values, CompressedRows):
             return self.values.matrix @ other
-        return self.values @ other
+        if self.device.type != "cpu":
+            return self.values @ other
+        n, p = self.shape
+        size = max(64, _PRODUCT_ENTRIES // max(p, 1))
+        parts = map_chunks(lambda low, high: self.values[low:high] @ other, n, size, self.device)
+        return torch.cat(parts)
 
     def missing_rows(self, start: int, stop: int) -> Tensor | None:
         """Places of the missing entries of some rows, bool (stop - start, p), or None."""

@@ -112,7 +112,7 @@ def newton_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take one safeguarded Newton (Fisher scoring) step in every row whose residual exceeds tol.
 
-    The step is halved, row by row, until the objective decreases; a row whose step provably
+    The step is cut, row by row, until the objective decreases; a row whose step provably
     decreases it is not evaluated again.
 
     Returns
@@ -134,25 +134,61 @@ def newton_step(
     else:
         index = torch.arange(len(z), device=z.device)
     step = solve_newton_system(hessian, gradient)
-    slope = (gradient * step).sum(1).double()
+    at = rows[index]
+    pending = ~problem.is_safe(step, at)
+    moved, _ = backtrack(problem, z[index], step, gradient, objective[index], at, pending)
     result = z.clone()
-    start = z[index]
-    result[index] = start - step
-    pending = (~problem.is_safe(step, rows[index])).nonzero().squeeze(-1)
-    length = torch.ones(len(index), dtype=z.dtype, device=z.device)
-    # Rounding of the objective must not be taken for an increase.
-    slack = 8 * torch.finfo(z.dtype).eps * objective.abs()
-    for _ in range(_MAX_CUTS):
-        if not len(pending):
-            break
-        at = index[pending]
-        trial = problem.objective(result[at], rows[at])
-        bound = objective[at] - _ARMIJO * length[pending] * slope[pending] + slack[at]
-        pending = pending[~(trial <= bound)]
-        length[pending] *= _CUT
-        result[index[pending]] = start[pending] - length[pending, None] * step[pending]
-    result[index[pending]] = start[pending]
+    result[index] = moved
     return result, objective, residual
+
+
+def backtrack(
+    problem: FixedPointProblem,
+    start: Tensor,
+    step: Tensor,
+    gradient: Tensor,
+    objective: Tensor,
+    rows: Tensor,
+    pending: Tensor,
+    length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    start, step, gradient : Tensor of shape (m, r)
+    objective : Tensor of shape (m,)
+        At the start.
+    rows : Tensor of shape (m,)
+    pending : Tensor of shape (m,), bool
+        Rows whose step must be checked.
+    length : Tensor of shape (m,), optional
+        First lengths, 1 by default.
+
+    Returns
+    -------
+    point : Tensor of shape (m, r)
+        Only the rows that failed are evaluated again; a row that never decreases stays put.
+    length : Tensor of shape (m,)
+        Lengths taken.
+    """
+    length = start.new_ones(len(start)) if length is None else length.clone()
+    slope = (gradient * step).sum(1).double()
+    # Rounding of the objective must not be taken for an increase.
+    slack = 8 * torch.finfo(start.dtype).eps * objective.abs()
+    point = start - length.unsqueeze(1) * step
+    left = pending.nonzero().squeeze(1)
+    for _ in range(_MAX_CUTS):
+        if not len(left):
+            break
+        trial = problem.objective(point[left], rows[left])
+        bound = objective[left] - _ARMIJO * length[left] * slope[left] + slack[left]
+        left = left[~(trial <= bound)]
+        length[left] *= _CUT
+        point[left] = start[left] - length[left].unsqueeze(1) * step[left]
+    point[left] = start[left]
+    return point, length
 
 
 def newton(
