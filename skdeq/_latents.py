@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, row_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
 
-__all__ = ["laplace_log_likelihood", "solve_latents", "typical_variance"]
+__all__ = ["fit_start_map", "laplace_log_likelihood", "solve_latents", "typical_variance"]
 
 # Up to this rank a Hessian for every row costs less than the iterations it saves.
 _NEWTON_RANK = 16
@@ -28,6 +29,7 @@ def solve_latents(
     max_iter: int,
     curvature: Tensor | None = None,
     start: Tensor | None = None,
+    start_map: Tensor | None = None,
 ) -> FixedPointResult:
     """MAP latents of every row, chunk by chunk.
 
@@ -44,7 +46,10 @@ def solve_latents(
     curvature : Tensor of shape (p,), optional
         Average variance of each feature, which preconditions Anderson acceleration.
     start : Tensor of shape (n, k), optional
-        Where to start; zero by default.
+        Where to start.
+    start_map : Tensor of shape (k + 1, k), optional
+        From :func:`fit_start_map`: where Anderson acceleration starts without ``start``. All
+        else starts from zero.
 
     Returns
     -------
@@ -59,7 +64,12 @@ def solve_latents(
         setting, loadings, intercept, curvature if method == "anderson" else None
     )
     n = problem.n_rows
-    begin = loadings.new_zeros(n, k) if start is None else start
+    if start is not None:
+        begin = start
+    elif method == "anderson" and start_map is not None:
+        begin = linear_start(problem, start_map)
+    else:
+        begin = loadings.new_zeros(n, k)
 
     def work(low: int, high: int) -> FixedPointResult:
         part = problem.chunk(low, high)
@@ -80,6 +90,45 @@ def solve_latents(
             for field in ("value", "residual", "converged", "n_iter")
         )
     )
+
+
+def _gradient_at_zero(problem: MapProblem) -> Tensor:
+    def work(low: int, high: int) -> Tensor:
+        part = problem.chunk(low, high)
+        rows = torch.arange(high - low, device=problem.design.device)
+        return part.bare_gradient(problem.design.new_zeros(high - low, problem.r), rows)
+
+    parts = map_chunks(work, problem.n_rows, problem.tile_shape()[0], problem.design.device)
+    return torch.cat(parts)
+
+
+def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
+    """Fit latents as a linear function of the gradient at zero, by least squares.
+
+    It predicts the latents of a new row from one evaluation to within a tenth or so, which saves
+    several iterations.
+
+    Returns
+    -------
+    Tensor of shape (k + 1, k)
+        From at most 4,096 evenly spaced rows; the last row is the intercept.
+    """
+    index = torch.arange(0, len(model.latents), max(1, len(model.latents) // _VARIANCE_ROWS))
+    index = index.to(model.latents.device)
+    problem = row_problem(setting.take(index), model.loadings, model.intercept)
+    gradient = _gradient_at_zero(problem).double()
+    design = torch.cat([gradient, torch.ones_like(gradient[:, :1])], dim=1)
+    gram = design.T @ design
+    gram.diagonal().add_(1e-8 * gram.diagonal().mean())
+    right = design.T @ model.latents[index].double()
+    solution = torch.linalg.solve_ex(gram, right)[0]
+    return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).to(model.latents.dtype)
+
+
+def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
+    """Predict the latents of every row from its gradient at zero."""
+    gradient = _gradient_at_zero(problem)
+    return torch.addmm(start_map[-1], gradient, start_map[:-1])
 
 
 def laplace_log_likelihood(

@@ -81,6 +81,7 @@ class MapProblem:
         self.q, self.r = design.shape
         self.n_rows = observations.shape[0]
         self._bounds = (0, self.n_rows)
+        self._size = design.new_zeros(self.n_rows)
         extra = []
         if offset is not None:
             extra.append(offset.unsqueeze(0))
@@ -102,6 +103,7 @@ class MapProblem:
         if row_offset is not None:
             self.constant += row_offset.double() * projected[:, -1]
         self._square = self._collect[0] * design.square().sum(1)
+        self.terms = float(self._collect[0].sum())
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
         # tends to minus infinity) counts as solved instead of being chased for ever.
         self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
@@ -136,6 +138,7 @@ class MapProblem:
         part.__dict__.update(self.__dict__)
         part.n_rows = stop - start
         part.projection = self.projection[start:stop]
+        part._size = self._size[start:stop].clone()
         part.constant = self.constant[start:stop]
         part.row_offset = None if self.row_offset is None else self.row_offset[start:stop]
         part.__dict__.pop("_missing", None)
@@ -151,6 +154,7 @@ class MapProblem:
         part.__dict__.update(self.__dict__)
         part.n_rows = len(index)
         part.projection = self.projection[index]
+        part._size = self._size[index]
         part.constant = self.constant[index]
         part.row_offset = None if self.row_offset is None else self.row_offset[index]
         missing = self._missing
@@ -252,12 +256,16 @@ class MapProblem:
         )
         return self._penalised(total, z, rows)
 
-    def gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient and scaled residual of each row."""
         _, slope, _, size = self._accumulate(
-            z, rows, objective=False, gradient=True, hessian=False, curvature=True
+            z, rows, objective=False, gradient=True, hessian=False, curvature=fresh
         )
-        self._set_relative(rows, size)
+        if fresh:
+            self._set_relative(rows, size)
+            self._size[rows] = size
+        else:
+            size = self._size[rows]
         gradient = self._gradient(slope, z, rows)
         return gradient, self._residual(gradient, z, size)
 
@@ -270,6 +278,13 @@ class MapProblem:
         if adapt:
             self._set_relative(rows, size)
         return self._penalised(total, z, rows), self._gradient(slope, z, rows)
+
+    def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Gradient of each row and nothing else."""
+        _, slope, _, _ = self._accumulate(
+            z, rows, objective=False, gradient=True, hessian=False, curvature=False
+        )
+        return self._gradient(slope, z, rows)
 
     def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, Hessian and scaled residual of each row."""

@@ -1,5 +1,6 @@
 """Observed entries of a data matrix on a device, dense or sparse, with or without gaps."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,9 +27,12 @@ class CompressedRows:
     @cached_property
     def matrix(self) -> Tensor:
         """The matrix in the sparse layout whose products this machine supports."""
-        csr = torch.sparse_csr_tensor(
-            self.indptr, self.indices, self.values, self.shape, check_invariants=False
-        )
+        with warnings.catch_warnings():
+            # That the layout is in beta is torch's business, not the user's.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+            csr = torch.sparse_csr_tensor(
+                self.indptr, self.indices, self.values, self.shape, check_invariants=False
+            )
         # Without MKL torch multiplies only coordinate tensors on the CPU.
         if self.values.device.type == "cpu" and not torch.backends.mkl.is_available():
             return csr.to_sparse_coo()
@@ -127,9 +131,20 @@ class Observations:
         if self.device.type != "cpu":
             return self.values @ other
         n, p = self.shape
-        size = max(64, _PRODUCT_ENTRIES // max(p, 1))
-        parts = map_chunks(lambda low, high: self.values[low:high] @ other, n, size, self.device)
-        return torch.cat(parts)
+        # Few long rows multiply faster than few columns: the product is formed transposed.
+        right = other.T.contiguous()
+        if n >= p:
+            size = max(64, _PRODUCT_ENTRIES // p)
+            parts = map_chunks(
+                lambda low, high: right @ self.values[low:high].T, n, size, self.device
+            )
+            return torch.cat(parts, dim=1).T.contiguous()
+        # Wide data, such as the transpose of tall: split the sum, and add up in order.
+        size = max(64, _PRODUCT_ENTRIES // n)
+        parts = map_chunks(
+            lambda low, high: right[:, low:high] @ self.values[:, low:high].T, p, size, self.device
+        )
+        return torch.stack(parts).sum(0).T.contiguous()
 
     def missing_rows(self, start: int, stop: int) -> Tensor | None:
         """Places of the missing entries of some rows, bool (stop - start, p), or None."""

@@ -208,15 +208,17 @@ class Scoring:
             part = problem.chunk(low, high)
             rows = torch.arange(high - low, device=start.device)
             point = start[low:high]
-            objective, gradient = part.value_and_gradient(point, rows)
+            if side == "columns":
+                # The objective is known from the other half, and the logarithms are dear.
+                objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)
+            else:
+                objective, gradient = part.value_and_gradient(point, rows)
             return point + part.step(gradient, rows), objective
 
         parts = map_chunks(work, len(start), problem.tile_shape()[0], start.device)
         return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
 
-    def _shared_half(
-        self, problem: MapProblem, start: Tensor, side: str
-    ) -> tuple[Tensor, Tensor]:
+    def _shared_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
         """One step with a shared curvature; each row remembers the length that served it."""
         if side not in self._lengths:
             self._lengths[side] = start.new_ones(len(start))

@@ -29,6 +29,8 @@ _MAX_CUTS = 40
 # Past iterates that Anderson acceleration combines. Measured on binarised MNIST (k = 50): 5 need
 # 22 iterations, 8 need 19, 12 need 18, and the cost of an iteration grows with the memory.
 _MEMORY = 10
+# Iterations between evaluations of the curvature that scales the residual.
+_REFRESH = 4
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,20 @@ class FixedPointResult:
 class FixedPointProblem(Protocol):
     """What the solvers ask of a problem; ``rows`` are the indices of the rows still at work."""
 
+    terms: float
+    """Weight of the terms that the objective of a row sums up: what its rounding grows with."""
+
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64, shape (m,); infinite outside the domain."""
 
-    def gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (m, r) and the scaled residual (m,) at ``z``."""
+    def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
+        """Gradient (m, r) and the scaled residual (m,) at ``z``.
+
+        Unless ``fresh``, the scale may be the one of the last call for these rows.
+        """
+
+    def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Gradient (m, r) alone."""
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement ``f(z) - z`` (m, r) of the problem's own map, from the gradient."""
@@ -176,7 +187,7 @@ def backtrack(
     length = start.new_ones(len(start)) if length is None else length.clone()
     slope = (gradient * step).sum(1).double()
     # Rounding of the objective must not be taken for an increase.
-    slack = 8 * torch.finfo(start.dtype).eps * objective.abs()
+    slack = torch.finfo(start.dtype).eps * (8 * objective.abs() + problem.terms)
     point = start - length.unsqueeze(1) * step
     left = pending.nonzero().squeeze(1)
     for _ in range(_MAX_CUTS):
@@ -230,20 +241,68 @@ def newton(
     return FixedPointResult(value, residual, residual <= tol, n_iter)
 
 
-class _Best:
-    """Best point each row has visited, which is what a solver without descent must return."""
+class _Descent:
+    """Rows still at work of a solver without a line search, and the best point of each.
 
-    def __init__(self, start: Tensor):
-        self.value = start.clone()
-        self.residual = start.new_full((len(start),), torch.inf)
+    Points are compared by their gradients. The scaled residual would not do: where an overshoot
+    has made the curvature enormous, it is small far from any solution. A row whose gradient
+    doubles goes back to its best point and halves its step from then on.
+    """
 
-    def update(self, z: Tensor, residual: Tensor, rows: Tensor) -> Tensor:
-        """Record improvements; True where the row got worse than twice its best."""
-        known = self.residual[rows]
-        better = residual < known
-        self.value[rows[better]] = z[better]
-        self.residual[rows[better]] = residual[better]
-        return ~(residual <= 2 * known)
+    def __init__(self, problem: FixedPointProblem, start: Tensor, tol: float):
+        n_rows = len(start)
+        self.problem, self.tol = problem, tol
+        self.result = FixedPointResult(
+            start.clone(),
+            start.new_full((n_rows,), torch.inf),
+            torch.zeros(n_rows, dtype=torch.bool, device=start.device),
+            torch.zeros(n_rows, dtype=torch.long, device=start.device),
+        )
+        self.rows = torch.arange(n_rows, device=start.device)
+        self.z = start.clone()
+        self.damping = start.new_ones(n_rows, 1)
+        self.gradient = self.failed = None
+        self._best = start.clone()
+        self._size = start.new_full((n_rows,), torch.inf)
+        self._residual = self._size.clone()
+
+    def evaluate(self, iteration: int) -> None:
+        """Evaluate the gradient at ``z``; send back and mark as ``failed`` what got worse."""
+        fresh = iteration % _REFRESH == 0
+        self.gradient, residual = self.problem.gradient(self.z, self.rows, fresh)
+        size = self.gradient.abs().amax(1)
+        better = size < self._size
+        self.failed = ~(size <= 2 * self._size)
+        self._best = torch.where(better.unsqueeze(1), self.z, self._best)
+        self._size = torch.where(better, size, self._size)
+        self._residual = torch.where(better, residual, self._residual)
+        if bool(self.failed.any()):
+            back = self.failed.nonzero().squeeze(1)
+            self.damping[back] *= 0.5
+            self.z[back] = self._best[back]
+            self.gradient[back] = self.problem.bare_gradient(self._best[back], self.rows[back])
+
+    def retire(self) -> Tensor | None:
+        """Write down the rows that are solved; the places of the others, if any were."""
+        done = self._residual <= self.tol
+        if not bool(done.any()):
+            return None
+        self._write(done)
+        stay = (~done).nonzero().squeeze(1)
+        for name in ("rows", "z", "damping", "gradient", "failed", "_best", "_size", "_residual"):
+            setattr(self, name, getattr(self, name)[stay])
+        return stay
+
+    def finish(self) -> FixedPointResult:
+        """Write down the rest."""
+        self._write(torch.ones_like(self.rows, dtype=torch.bool))
+        return self.result
+
+    def _write(self, which: Tensor) -> None:
+        rows = self.rows[which]
+        self.result.value[rows] = self._best[which]
+        self.result.residual[rows] = self._residual[which]
+        self.result.converged[rows] = self._residual[which] <= self.tol
 
 
 def picard(
@@ -251,7 +310,7 @@ def picard(
 ) -> FixedPointResult:
     """Solve by repeating the map, ``z <- f(z)``, as the equilibrium layer unrolled would.
 
-    A row whose residual doubles returns to its best point and halves its step from then on, so
+    A row whose gradient doubles returns to its best point and halves its step from then on, so
     that a map that does not contract makes a row slow but not infinite.
 
     Parameters
@@ -267,27 +326,15 @@ def picard(
     -------
     FixedPointResult
     """
-    tol = effective_tolerance(tol, start.dtype)
-    best = _Best(start)
-    z = start.clone()
-    damping = start.new_ones(len(start))
-    n_iter = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    rows = torch.arange(len(start), device=start.device)
+    state = _Descent(problem, start, effective_tolerance(tol, start.dtype))
     for iteration in range(max_iter + 1):
-        gradient, residual = problem.gradient(z, rows)
-        worse = best.update(z, residual, rows)
-        if bool(worse.any()):
-            back = rows[worse]
-            damping[back] *= 0.5
-            z[worse] = best.value[back]
-            gradient[worse] = problem.gradient(z[worse], back)[0]
-        active = best.residual[rows] > tol
-        rows, z, gradient = rows[active], z[active], gradient[active]
-        if not len(rows) or iteration == max_iter:
+        state.evaluate(iteration)
+        state.retire()
+        if not len(state.rows) or iteration == max_iter:
             break
-        z = z + damping[rows, None] * problem.step(gradient, rows)
-        n_iter[rows] += 1
-    return FixedPointResult(best.value, best.residual, best.residual <= tol, n_iter)
+        state.z = state.z + state.damping * problem.step(state.gradient, state.rows)
+        state.result.n_iter[state.rows] += 1
+    return state.finish()
 
 
 def anderson(
@@ -295,8 +342,10 @@ def anderson(
 ) -> FixedPointResult:
     """Solve by Anderson acceleration of the map, with a memory of its own in every row.
 
-    A row whose residual doubles forgets its memory and restarts from its best point with half
-    the step.
+    The differences of past steps are kept orthonormal, each with the change of the point that
+    goes with it: the least-squares problem of an iteration is then a few dot products instead
+    of a linear system per row. A row whose gradient doubles forgets its memory and restarts from
+    its best point with half the step.
 
     Parameters
     ----------
@@ -311,59 +360,49 @@ def anderson(
     -------
     FixedPointResult
     """
-    tol = effective_tolerance(tol, start.dtype)
-    best = _Best(start)
+    state = _Descent(problem, start, effective_tolerance(tol, start.dtype))
     n_rows, r = start.shape
     memory = min(_MEMORY, r)
-    z = start.clone()
-    damping = start.new_ones(n_rows, 1)
-    n_iter = torch.zeros(n_rows, dtype=torch.long, device=start.device)
-    rows = torch.arange(n_rows, device=start.device)
-    d_step = start.new_zeros(n_rows, memory, r)
-    d_point = start.new_zeros(n_rows, memory, r)
+    # Orthonormal differences of steps, and what undoing one of them does to the next point.
+    directions = start.new_zeros(memory, n_rows, r)
+    responses = start.new_zeros(memory, n_rows, r)
     last_z = last_step = None
-    eps = torch.finfo(start.dtype).eps
+    smallest = torch.finfo(start.dtype).tiny
     for iteration in range(max_iter + 1):
-        gradient, residual = problem.gradient(z, rows)
-        worse = best.update(z, residual, rows)
-        restart = bool(worse.any())
-        if restart:
-            back = rows[worse]
-            damping[back] *= 0.5
-            z[worse] = best.value[back]
-            gradient[worse] = problem.gradient(z[worse], back)[0]
-        active = best.residual[rows] > tol
-        if not bool(active.all()):
-            rows, z, gradient, worse = rows[active], z[active], gradient[active], worse[active]
-            d_step, d_point = d_step[active], d_point[active]
-            if last_z is not None:
-                last_z, last_step = last_z[active], last_step[active]
-        if not len(rows) or iteration == max_iter:
+        state.evaluate(iteration)
+        stay = state.retire()
+        if not len(state.rows) or iteration == max_iter:
             break
-        step = damping[rows] * problem.step(gradient, rows)
-        if last_z is None:
-            mixed = step
-        else:
+        if stay is not None:
+            directions, responses = directions[:, stay], responses[:, stay]
+            if last_z is not None:
+                last_z, last_step = last_z[stay], last_step[stay]
+        z, step = state.z, state.damping * problem.step(state.gradient, state.rows)
+        state.z = z + step
+        if last_z is not None:
+            if bool(state.failed.any()):
+                directions[:, state.failed] = 0
+                responses[:, state.failed] = 0
             slot = (iteration - 1) % memory
-            torch.sub(step, last_step, out=d_step[:, slot])
-            torch.sub(z, last_z, out=d_point[:, slot])
-            if restart:
-                d_step[worse] = 0
-                d_point[worse] = 0
-            filled = min(iteration, memory)
-            past = d_step[:, :filled]
-            gram = past @ past.mT
-            diagonal = gram.diagonal(dim1=1, dim2=2)
-            # An empty memory has a zero Gram matrix; its unit diagonal gives weights of zero.
-            diagonal.add_(10 * eps * diagonal).add_((diagonal == 0).to(gram.dtype))
-            weights = torch.linalg.solve_ex(gram, past @ step.unsqueeze(-1))[0]
-            weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
-            combined = (d_point[:, :filled] + past).mT @ weights
-            mixed = step - combined.squeeze(-1)
+            directions[slot] = 0
+            responses[slot] = 0
+            change = step - last_step
+            response = z - last_z + change
+            known = (directions * change).sum(2, keepdim=True)
+            before = change.square().sum(1, keepdim=True)
+            change = change - (known * directions).sum(0)
+            response = response - (known * responses).sum(0)
+            size = change.square().sum(1, keepdim=True)
+            # Nothing new, or a restart (last_step belongs to another place): leave the slot empty.
+            useful = (size > 1e-8 * before) & ~state.failed.unsqueeze(1)
+            scale = torch.where(useful, size.clamp_min(smallest).rsqrt(), torch.zeros_like(size))
+            directions[slot] = change * scale
+            responses[slot] = response * scale
+            weights = (directions * step).sum(2, keepdim=True)
+            state.z -= (weights * responses).sum(0)
         last_z, last_step = z, step
-        z = z + mixed
-        n_iter[rows] += 1
-    return FixedPointResult(best.value, best.residual, best.residual <= tol, n_iter)
+        state.result.n_iter[state.rows] += 1
+    return state.finish()
 
 
 SOLVERS: dict[str, Callable[..., FixedPointResult]] = {

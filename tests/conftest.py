@@ -1,0 +1,57 @@
+"""Small data sets made from the models themselves, one for each family."""
+
+import numpy as np
+import pytest
+import torch
+
+from skdeq.families import (
+    FAMILIES,
+    Binomial,
+    Gamma,
+    NegativeBinomial,
+    get_family,
+)
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+def sample(family, n=80, p=9, k=2, seed=0):
+    """Observations from a model of rank k in the family's natural parameters."""
+    rng = np.random.default_rng(seed)
+    family = get_family(family)
+    eta = rng.normal(size=(n, k)) @ rng.normal(size=(k, p)) * 0.6 + 0.3 * rng.normal(size=p)
+    if isinstance(family, NegativeBinomial | Gamma):
+        eta = -np.exp(0.5 * eta)
+    mean = family.mean(torch.from_numpy(eta)).numpy()
+    name = family.name
+    if name == "gaussian":
+        return eta + rng.normal(size=(n, p))
+    if name == "bernoulli":
+        return (rng.random((n, p)) < mean).astype(float)
+    if name == "binomial":
+        return rng.binomial(family.n_trials, mean / family.n_trials).astype(float)
+    if name == "poisson":
+        return rng.poisson(mean).astype(float)
+    if name == "continuous_bernoulli":
+        return np.clip(mean + 0.1 * rng.normal(size=(n, p)), 0, 1)
+    if name == "negative_binomial":
+        size = 1 / family.dispersion
+        return rng.negative_binomial(size, size / (size + mean)).astype(float)
+    if name == "gamma":
+        return rng.gamma(family.shape, mean / family.shape) + 1e-6
+    assert name == "rademacher"
+    return np.where(rng.random((n, p)) < (1 + mean) / 2, 1.0, -1.0)
+
+
+FAMILY_OBJECTS = [
+    *(name for name in FAMILIES),
+    Binomial(n_trials=3),
+    NegativeBinomial(dispersion=0.5),
+    Gamma(shape=2.0),
+]

@@ -1,0 +1,279 @@
+"""Fixed-point solvers: agreement with each other and with scipy, safeguards, row independence."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import sample
+from scipy.optimize import minimize
+
+from skdeq._map_problem import MapProblem
+from skdeq._observations import CompressedRows, Observations
+from skdeq.families import FAMILIES, Bernoulli, Gaussian, Poisson, get_family
+from skdeq.fixed_point import (
+    SOLVERS,
+    FixedPointResult,
+    anderson,
+    newton,
+    picard,
+    solve_newton_system,
+)
+
+
+def make_problem(family="bernoulli", n=30, p=9, k=2, alpha=1.0, scale=1.0, curvature=None, **more):
+    """Problem of the latents for data of that family, loadings of the given scale."""
+    generator = torch.Generator().manual_seed(1)
+    family = get_family(family)
+    X = torch.from_numpy(sample(family, n, p, k))
+    loadings = scale * torch.randn(p, k, generator=generator, dtype=torch.float64)
+    offset = family.link(X.mean(0))
+    if not family.domain.contains(torch.zeros(1)).item():
+        loadings = 0.1 * loadings
+    penalty = torch.full((k,), alpha, dtype=torch.float64)
+    return MapProblem(
+        family, loadings, Observations(X), penalty, offset=offset, curvature=curvature, **more
+    )
+
+
+def zeros(problem):
+    return torch.zeros(problem.n_rows, problem.r, dtype=torch.float64)
+
+
+def every(problem):
+    return torch.arange(problem.n_rows)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_solvers_agree_where_the_map_contracts(name):
+    # A strong prior makes the equilibrium layer a contraction for every family.
+    problem = make_problem(name, alpha=60.0, scale=0.5)
+    results = {
+        solver: SOLVERS[solver](problem, zeros(problem), tol=1e-13, max_iter=2000)
+        for solver in SOLVERS
+    }
+    for solver, result in results.items():
+        assert isinstance(result, FixedPointResult)
+        assert result.converged.all(), solver
+        torch.testing.assert_close(result.value, results["newton"].value, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_newton_where_the_map_does_not_contract(name):
+    problem = make_problem(name, alpha=1e-3, scale=3.0)
+    result = newton(problem, zeros(problem), tol=1e-10, max_iter=100)
+    assert result.converged.all()
+    gradient, residual = problem.gradient(result.value, every(problem))
+    # The point returned is one Newton step beyond the certificate.
+    assert (residual <= 1e-10).all()
+    # The plain map does not contract here: its Jacobian at the solution exceeds one.
+    hessian = problem.derivatives(result.value, every(problem))[2]
+    curvature = torch.linalg.eigvalsh(hessian)[:, -1] - 1e-3
+    assert (curvature / 1e-3 > 1).any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_solution_is_the_minimum_scipy_finds(name):
+    problem = make_problem(name, n=4)
+    result = newton(problem, zeros(problem), tol=1e-12, max_iter=100)
+    for row in range(4):
+        index = torch.tensor([row])
+
+        def fun(z, index=index):
+            z = torch.from_numpy(z[None])
+            value = problem.objective(z, index)
+            gradient, _ = problem.gradient(z, index)
+            return min(float(value[0]), 1e300), np.nan_to_num(gradient[0].numpy())
+
+        reference = minimize(fun, np.zeros(2), jac=True, method="BFGS", options={"gtol": 1e-10})
+        np.testing.assert_allclose(result.value[row], reference.x, atol=1e-7)
+        assert float(problem.objective(result.value[index], index)) <= reference.fun + 1e-12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_do_not_depend_on_their_neighbours(solver):
+    problem = make_problem("poisson", alpha=20.0, scale=0.5)
+    together = SOLVERS[solver](problem, zeros(problem), tol=1e-9, max_iter=500)
+    for row in (0, 7, 29):
+        alone = problem.chunk(row, row + 1)
+        result = SOLVERS[solver](alone, zeros(alone), tol=1e-9, max_iter=500)
+        torch.testing.assert_close(result.value[0], together.value[row], rtol=0, atol=1e-13)
+        assert result.n_iter[0] == together.n_iter[row]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solved_row_costs_nothing_more(solver):
+    problem = make_problem("poisson", alpha=20.0, scale=0.5)
+    start = newton(problem, zeros(problem), tol=1e-12, max_iter=100).value
+    start[5] = 3.0
+    asked = []
+    original = type(problem)._accumulate
+
+    def spy(self, z, rows, **what):
+        asked.append(len(rows))
+        return original(self, z, rows, **what)
+
+    type(problem)._accumulate = spy
+    try:
+        result = SOLVERS[solver](problem, start, tol=1e-8, max_iter=500)
+    finally:
+        type(problem)._accumulate = original
+    assert asked[0] == 30
+    assert max(asked[1:]) == 1
+    assert result.n_iter[5] > 0
+    assert result.n_iter.sum() == result.n_iter[5]
+
+
+def test_anderson_needs_fewer_iterations_than_picard():
+    problem = make_problem("bernoulli", alpha=8.0)
+    slow = picard(problem, zeros(problem), tol=1e-10, max_iter=1000)
+    fast = anderson(problem, zeros(problem), tol=1e-10, max_iter=1000)
+    assert slow.converged.all() and fast.converged.all()
+    assert fast.n_iter.double().mean() < 0.7 * slow.n_iter.double().mean()
+
+
+def test_picard_is_damped_where_the_map_expands():
+    problem = make_problem("gaussian", alpha=0.5, scale=1.0)
+    result = picard(problem, zeros(problem), tol=1e-8, max_iter=5000)
+    assert result.converged.all()
+    exact = newton(problem, zeros(problem), tol=1e-12, max_iter=10)
+    torch.testing.assert_close(result.value, exact.value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_running_out_of_iterations_is_reported(solver):
+    problem = make_problem("poisson", alpha=1e-4, scale=3.0)
+    result = SOLVERS[solver](problem, zeros(problem), tol=1e-12, max_iter=2)
+    assert not result.converged.all()
+    assert torch.isfinite(result.value).all()
+    # The best point is returned, never one worse than the start.
+    at_start = problem.gradient(zeros(problem), every(problem))[1]
+    assert (result.residual <= at_start).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shared_curvature_changes_the_path_not_the_solution(name):
+    curvature = torch.full((9,), 0.2, dtype=torch.float64)
+    problem = make_problem(name, alpha=1.0, scale=0.5, curvature=curvature)
+    result = anderson(problem, zeros(problem), tol=1e-12, max_iter=500)
+    exact = newton(problem, zeros(problem), tol=1e-12, max_iter=100)
+    assert result.converged.all()
+    torch.testing.assert_close(result.value, exact.value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_derivatives_match_autograd(name):
+    problem = make_problem(name, n=5)
+    family = problem.family
+    design, offset = problem.design, problem._expand[problem.r]
+    X = problem.observations.values
+    z = 0.1 * torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def objective(point):
+        eta = point @ design.T + offset
+        terms = family.log_partition(eta) - X * eta
+        return terms.sum(1) + 0.5 * point.square().sum(1)
+
+    value, gradient, hessian, _ = problem.derivatives(z, torch.arange(5))
+    torch.testing.assert_close(value, objective(z), rtol=1e-12, atol=1e-10)
+    point = z.clone().requires_grad_()
+    expected = torch.autograd.grad(objective(point).sum(), point)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+    for row in range(5):
+        exact = torch.autograd.functional.hessian(
+            lambda one, row=row: objective(torch.cat([z[:row], one[None], z[row + 1 :]]))[row],
+            z[row],
+        )
+        torch.testing.assert_close(hessian[row], exact, rtol=1e-8, atol=1e-8)
+
+
+def test_fixed_point_of_the_equilibrium_layer():
+    problem = make_problem("bernoulli", alpha=2.0)
+    z = newton(problem, zeros(problem), tol=1e-13, max_iter=50).value
+    mean = Bernoulli().mean(z @ problem.design.T + problem._expand[2])
+    layer = (problem.observations.values - mean) @ problem.design / 2.0
+    torch.testing.assert_close(z, layer, rtol=0, atol=1e-12)
+    step = problem.step(problem.gradient(z + 0.1, every(problem))[0], every(problem))
+    mean = Bernoulli().mean((z + 0.1) @ problem.design.T + problem._expand[2])
+    layer = (problem.observations.values - mean) @ problem.design / 2.0
+    torch.testing.assert_close(z + 0.1 + step, layer, rtol=0, atol=1e-12)
+
+
+def test_full_step_taken_unseen_decreases_the_objective():
+    problem = make_problem("poisson", n=200, alpha=1e-2, scale=0.3)
+    rows = every(problem)
+    generator = torch.Generator().manual_seed(0)
+    z = 0.5 * torch.randn(200, 2, dtype=torch.float64, generator=generator)
+    objective, gradient, hessian, _ = problem.derivatives(z, rows)
+    step = solve_newton_system(hessian, gradient)
+    safe = problem.is_safe(step, rows)
+    assert 0 < safe.sum() < 200
+    decrease = objective - problem.objective(z - step, rows)
+    promised = 0.28 * (gradient * step).sum(1)
+    assert (decrease[safe] >= promised[safe]).all()
+
+
+def test_singular_newton_system_is_damped():
+    hessian = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
+    gradient = torch.tensor([[1.0, 1.0], [2.0, 3.0]])
+    step = solve_newton_system(hessian, gradient)
+    assert torch.isfinite(step).all()
+    torch.testing.assert_close(step[1], torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close((hessian[0] @ step[0]), gradient[0], rtol=1e-2, atol=1e-2)
+    assert torch.equal(
+        solve_newton_system(torch.full((1, 2, 2), torch.nan), gradient[:1]), torch.zeros(1, 2)
+    )
+
+
+def test_missing_and_sparse_observations_give_the_same_problem():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.poisson(torch.ones(20, 7, dtype=torch.float64), generator=generator)
+    gaps = torch.rand(20, 7, generator=generator) < 0.3
+    dense = torch.where(gaps, 0.0, X)
+
+    def compress(places, values):
+        counts = places.sum(1)
+        indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        found = places.nonzero()
+        picked = None if values is None else values[places]
+        return CompressedRows(indptr, found[:, 1], picked, tuple(places.shape))
+
+    sparse = Observations(compress(dense != 0, dense), compress(gaps, None))
+    full = Observations(dense, gaps)
+    other = torch.randn(7, 3, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(sparse @ other, full @ other)
+    torch.testing.assert_close(sparse.T @ dense, full.T @ dense)
+    assert torch.equal(sparse.missing_rows(3, 9), gaps[3:9])
+    assert torch.equal(sparse.T.missing_rows(1, 4), gaps.T[1:4])
+    index = torch.tensor([4, 0, 11])
+    torch.testing.assert_close(sparse.take(index) @ other, full.take(index) @ other)
+    assert torch.equal(sparse.take(index).missing_rows(0, 3), gaps[index])
+    penalty = torch.ones(3, dtype=torch.float64)
+    results = [
+        newton(
+            MapProblem(Poisson(), other, observations, penalty),
+            torch.zeros(20, 3, dtype=torch.float64),
+            tol=1e-10,
+            max_iter=50,
+        ).value
+        for observations in (full, sparse)
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+
+
+def test_tiles_do_not_change_the_result(monkeypatch):
+    import skdeq._map_problem as module
+
+    problem = make_problem("poisson", p=200)
+    rows = every(problem)
+    z = 0.1 * torch.ones(30, 2, dtype=torch.float64)
+    whole = problem.derivatives(z, rows)
+    monkeypatch.setattr(module, "_TILE_BYTES", 8 * 64 * 30)
+    assert problem.tile_shape()[1] == 64
+    for one, two in zip(problem.derivatives(z, rows), whole, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_gaussian_is_solved_by_one_newton_step():
+    problem = make_problem("gaussian", alpha=0.7)
+    result = newton(problem, zeros(problem), tol=1e-12, max_iter=5)
+    assert isinstance(problem.family, Gaussian)
+    assert (result.n_iter == 1).all()
