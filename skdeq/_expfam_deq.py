@@ -66,7 +66,7 @@ class ExpFamilyDEQ(
     alpha : float, default=1.0
         Prior precision of the latents, > 0.
 
-    weight_decay : float, default=0.01
+    weight_decay : float, default=0.03
         Penalty of the loadings, >= 0. At the optimum only the product of `alpha` and
         `weight_decay` matters for the fitted predictors: together they are a penalty on the
         nuclear norm of the matrix of predictors.
@@ -99,7 +99,8 @@ class ExpFamilyDEQ(
 
     fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
         Solver of the latents, see :mod:`skdeq.fixed_point`. "auto" is "newton" for up to 16
-        components and "anderson" above, with "newton" for the rows it does not solve.
+        components, and for Poisson, negative binomial and gamma data; else "anderson", with
+        "newton" for the rows it does not solve.
 
     fixed_point_max_iter : int, default=50
         Iterations of that solver.
@@ -207,7 +208,7 @@ class ExpFamilyDEQ(
         hidden_layer_sizes=(),
         hidden_map="tanh",
         alpha=1.0,
-        weight_decay=0.01,
+        weight_decay=0.03,
         exposure=None,
         whiten=False,
         solver="auto",

@@ -39,8 +39,9 @@ def solve_latents(
     loadings : Tensor of shape (p, k)
     intercept : Tensor of shape (p,)
     method : {"auto", "newton", "anderson", "picard"}
-        "auto" is Newton's method for up to 16 components; above, Anderson acceleration with a
-        shared curvature, and Newton's method for the rows it leaves unsolved.
+        "auto" is Newton's method for up to 16 components, and for families without a bound of
+        the variance, whose curvature differs too much between rows to be shared; else Anderson
+        acceleration with a shared curvature, and Newton's method for the rows it leaves unsolved.
     tol, max_iter :
         Passed to the solver.
     curvature : Tensor of shape (p,), optional
@@ -56,12 +57,17 @@ def solve_latents(
     FixedPointResult
     """
     k = loadings.shape[1]
-    finish = method == "auto" and k > _NEWTON_RANK
+    bounded = setting.family.variance_bound is not None
+    finish = method == "auto" and bounded and k > _NEWTON_RANK
     if method == "auto":
         method = "anderson" if finish else "newton"
     solver = SOLVERS[method]
     problem = row_problem(
-        setting, loadings, intercept, curvature if method == "anderson" else None
+        setting,
+        loadings,
+        intercept,
+        curvature if method == "anderson" else None,
+        shared_map=bounded,
     )
     n = problem.n_rows
     if start is not None:
@@ -83,7 +89,7 @@ def solve_latents(
         result.n_iter[left] += rest.n_iter
         return result
 
-    parts = map_chunks(work, n, problem.tile_shape()[0], begin.device)
+    parts = map_chunks(work, n, problem.chunk_rows(), begin.device)
     return FixedPointResult(
         *(
             torch.cat([getattr(part, field) for part in parts])
@@ -98,7 +104,7 @@ def _gradient_at_zero(problem: MapProblem) -> Tensor:
         rows = torch.arange(high - low, device=problem.design.device)
         return part.bare_gradient(problem.design.new_zeros(high - low, problem.r), rows)
 
-    parts = map_chunks(work, problem.n_rows, problem.tile_shape()[0], problem.design.device)
+    parts = map_chunks(work, problem.n_rows, problem.chunk_rows(), problem.design.device)
     return torch.cat(parts)
 
 
@@ -150,7 +156,7 @@ def laplace_log_likelihood(
         objective, _, hessian, _ = problem.chunk(low, high).derivatives(latents[low:high], rows)
         return -objective - 0.5 * torch.logdet(hessian.double())
 
-    parts = map_chunks(work, len(latents), problem.tile_shape()[0], latents.device)
+    parts = map_chunks(work, len(latents), problem.chunk_rows(), latents.device)
     return torch.cat(parts) + 0.5 * k * math.log(setting.alpha)
 
 

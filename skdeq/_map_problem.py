@@ -22,11 +22,14 @@ from skdeq._observations import Observations
 
 __all__ = ["MapProblem"]
 
-# Rows of a tile and bytes of one of its buffers: a tile stays in the second-level cache of a
-# core while it is filled, transformed and reduced. Full-size temporaries are 5-10 times slower.
-_TILE_ROWS = 256
-_TILE_BYTES = 2**20
-_TILE_BYTES_CUDA = 2**28
+# Entries of a tile: small enough for the cache of a core, where it is filled, transformed and
+# reduced (full-size temporaries are 5-10 times slower), and large enough that Python, whose lock
+# the threads share, is a small part of the work.
+_TILE_ENTRIES = 2**20
+_TILE_ENTRIES_CUDA = 2**26
+_LEAST_ROWS, _MOST_ROWS = 1024, 8192
+# Chunks that a problem of more than one tile is cut into at least, so that threads can share it.
+_LEAST_CHUNKS = 4
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
@@ -54,9 +57,9 @@ class MapProblem:
     curvature : Tensor of shape (q,), optional
         Typical variances of the entries. They shape the map of :meth:`step`; without them the
         map is the equilibrium layer itself, ``f(z) - z = -gradient / penalty``.
-    majorise : bool
-        Whether the curvature is an upper bound for every row. If not, each row scales it to its
-        own mean.
+    shared_map : bool
+        Whether all rows share one map, as they may where the curvature bounds theirs or varies
+        little; if not, each row scales the curvature to its own mean.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class MapProblem:
         row_offset: Tensor | None = None,
         weight: Tensor | None = None,
         curvature: Tensor | None = None,
-        majorise: bool = False,
+        shared_map: bool = False,
     ):
         self.family = family
         self.design = design
@@ -109,10 +112,9 @@ class MapProblem:
         self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
         self._longest = math.sqrt(float(design.square().sum(1).max())) if len(design) else 0.0
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
-        self._majorise = majorise
-        self._set_map(curvature)
+        self._set_map(curvature, shared_map)
 
-    def _set_map(self, curvature: Tensor | None) -> None:
+    def _set_map(self, curvature: Tensor | None, shared_map: bool) -> None:
         self._basis = None
         if curvature is None:
             return
@@ -120,17 +122,26 @@ class MapProblem:
         values, vectors = torch.linalg.eigh(shared.double())
         self._spectrum = values.clamp_min(0).to(self.design.dtype)
         self._basis = vectors.to(self.design.dtype)
+        self._inverse = None
+        if shared_map:
+            inner = values.clamp_min(0) + self.penalty.double().amax()
+            self._inverse = ((vectors / inner) @ vectors.T).to(self.design.dtype)
         self._typical = float((curvature * self._square).sum()) / self.r
         self._relative = self.design.new_ones(self.n_rows)
 
-    def tile_shape(self) -> tuple[int, int]:
-        """Rows and design entries worked on at a time."""
-        size = self.design.element_size()
-        if self.design.device.type != "cpu":
-            rows = max(1, _TILE_BYTES_CUDA // (size * self.q))
-            return min(rows, self.n_rows), self.q
-        rows = min(_TILE_ROWS, self.n_rows)
-        return rows, max(64, min(self.q, _TILE_BYTES // (size * rows)))
+    def _tile_entries(self) -> int:
+        return _TILE_ENTRIES if self.design.device.type == "cpu" else _TILE_ENTRIES_CUDA
+
+    def chunk_rows(self) -> int:
+        """Rows to be worked on at a time; a matter of the shape alone, never of the threads."""
+        n, q = self.n_rows, self.q
+        rows = max(1, self._tile_entries() // q)
+        if self.design.device.type == "cpu":
+            rows = min(max(_LEAST_ROWS, rows), _MOST_ROWS)
+        chunks = -(-n // rows)
+        if n * q > self._tile_entries() // _LEAST_CHUNKS:
+            chunks = max(chunks, _LEAST_CHUNKS)
+        return max(1, -(-n // max(chunks, 1)))
 
     def chunk(self, start: int, stop: int) -> "MapProblem":
         """Return the problem of the rows ``start:stop``, sharing the design."""
@@ -167,12 +178,16 @@ class MapProblem:
     def _missing(self) -> Tensor | None:
         return self.observations.missing_rows(*self._bounds)
 
+    def _of(self, values: Tensor, rows: Tensor) -> Tensor:
+        # Rows come in order and once each: as many as there are is all of them.
+        return values if len(rows) == self.n_rows else values[rows]
+
     def _predictors(self, z: Tensor, rows: Tensor) -> Tensor:
         extra = []
         if self._has_offset:
             extra.append(z.new_ones(len(z), 1))
         if self.row_offset is not None:
-            extra.append(self.row_offset[rows].unsqueeze(1))
+            extra.append(self._of(self.row_offset, rows).unsqueeze(1))
         return torch.cat([z, *extra], dim=1) if extra else z
 
     def _accumulate(
@@ -187,10 +202,10 @@ class MapProblem:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile."""
         expanded = self._predictors(z, rows)
-        _, width = self.tile_shape()
+        width = max(64, min(self.q, self._tile_entries() // max(len(z), 1)))
         missing = self._missing
         if missing is not None:
-            missing = missing if len(rows) == self.n_rows else missing[rows]
+            missing = self._of(missing, rows)
         first, second = self._upper
         total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope = z.new_zeros(self.r, len(z)) if gradient else None
@@ -226,12 +241,14 @@ class MapProblem:
         return total, slope, bend, size
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        linear = (self.projection[rows].double() * z.double()).sum(1) + self.constant[rows]
+        linear = (self._of(self.projection, rows).double() * z.double()).sum(1)
+        linear = linear + self._of(self.constant, rows)
         value = total - linear + 0.5 * (z.double().square() @ self.penalty.double())
         return torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        return slope.T - self.projection[rows] + self.penalty * z
+        gradient = torch.addcmul(slope.T, z, self.penalty)
+        return gradient.sub_(self._of(self.projection, rows))
 
     def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
         r"""Largest entry of ``|f(z) - z|`` in units of a diagonal Newton step.
@@ -245,7 +262,7 @@ class MapProblem:
         return gradient.abs().amax(1) / scale
 
     def _set_relative(self, rows: Tensor, curvature: Tensor) -> None:
-        if self._basis is not None and not self._majorise:
+        if self._basis is not None and self._inverse is None:
             typical = max(self._typical, 1e-30)
             self._relative[rows] = (curvature / self.r / typical).clamp(1e-3, 1e3)
 
@@ -271,7 +288,7 @@ class MapProblem:
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
-        adapt = self._basis is not None and not self._majorise
+        adapt = self._basis is not None and self._inverse is None
         total, slope, _, size = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=False, curvature=adapt
         )
@@ -306,6 +323,8 @@ class MapProblem:
         """Displacement f(z) - z of the map whose fixed points are the solutions."""
         if self._basis is None:
             return -gradient / self.penalty
+        if self._inverse is not None:
+            return -(gradient @ self._inverse)
         inner = self.penalty.amax() + self._relative[rows].unsqueeze(1) * self._spectrum
         return -((gradient @ self._basis) / inner) @ self._basis.T
 

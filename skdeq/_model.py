@@ -100,7 +100,7 @@ def row_problem(
     loadings: Tensor,
     intercept: Tensor,
     curvature: Tensor | None = None,
-    majorise: bool = False,
+    shared_map: bool = False,
 ) -> MapProblem:
     """Latents of every row given the loadings."""
     penalty = loadings.new_full((loadings.shape[1],), setting.alpha)
@@ -112,7 +112,7 @@ def row_problem(
         offset=intercept,
         row_offset=setting.row_offset,
         curvature=curvature,
-        majorise=majorise,
+        shared_map=shared_map,
     )
 
 
@@ -120,7 +120,7 @@ def column_problem(
     setting: Setting,
     latents: Tensor,
     curvature: Tensor | None = None,
-    majorise: bool = False,
+    shared_map: bool = False,
 ) -> MapProblem:
     """Set up loadings and intercept of every feature given the latents (n, r), r >= 0."""
     design = torch.cat([latents, latents.new_ones(len(latents), 1)], dim=1)
@@ -134,7 +134,7 @@ def column_problem(
         offset=setting.row_offset,
         weight=setting.sample_weight,
         curvature=curvature,
-        majorise=majorise,
+        shared_map=shared_map,
     )
 
 
@@ -168,7 +168,7 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
         rows = torch.arange(high - low, device=begin.device)
         return result.value, part.objective(result.value, rows)
 
-    parts = map_chunks(work, p, problem.tile_shape()[0], observations.device)
+    parts = map_chunks(work, p, problem.chunk_rows(), observations.device)
     intercept = torch.cat([one for one, _ in parts]).squeeze(1)
     objective = float(torch.cat([two for _, two in parts]).sum())
     return intercept, (objective - setting.log_base) / setting.total_weight

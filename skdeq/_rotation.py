@@ -131,7 +131,7 @@ def explained_deviance(
             values.append(deviance(eta))
         return torch.stack(values)
 
-    size = max(1, min(256, 2**22 // p))
+    size = max(1, 2**19 // p)
     total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
     null = total[0]
     if not float(null) > 0:

@@ -196,7 +196,7 @@ class Scoring:
             point, objective, _ = newton_step(part, start[low:high], rows, tol)
             return point, objective
 
-        parts = map_chunks(work, len(start), problem.tile_shape()[0], start.device)
+        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
         return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
 
     def _majorised_half(
@@ -215,7 +215,7 @@ class Scoring:
                 objective, gradient = part.value_and_gradient(point, rows)
             return point + part.step(gradient, rows), objective
 
-        parts = map_chunks(work, len(start), problem.tile_shape()[0], start.device)
+        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
         return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
 
     def _shared_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
@@ -242,5 +242,5 @@ class Scoring:
             )
             return point, objective
 
-        parts = map_chunks(work, len(start), problem.tile_shape()[0], start.device)
+        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
         return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])

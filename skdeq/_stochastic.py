@@ -52,7 +52,7 @@ def envelope_gradient(
         objective, gradient = part.value_and_gradient(parameters[low:high], rows)
         return gradient, objective
 
-    parts = map_chunks(work, len(parameters), problem.tile_shape()[0], parameters.device)
+    parts = map_chunks(work, len(parameters), problem.chunk_rows(), parameters.device)
     gradient = torch.cat([one for one, _ in parts]) / setting.total_weight
     objective = float(torch.cat([two for _, two in parts]).sum()) - setting.log_base
     prior = 0.5 * setting.alpha * setting.weighted_sum(latents.double().square().sum(1))

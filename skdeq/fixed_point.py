@@ -29,6 +29,8 @@ _MAX_CUTS = 40
 # Past iterates that Anderson acceleration combines. Measured on binarised MNIST (k = 50): 5 need
 # 22 iterations, 8 need 19, 12 need 18, and the cost of an iteration grows with the memory.
 _MEMORY = 10
+# Share of the rows at work beyond which solved ones are not worth taking out.
+_CROWDED = 0.8
 # Iterations between evaluations of the curvature that scales the residual.
 _REFRESH = 4
 
@@ -79,6 +81,9 @@ class FixedPointProblem(Protocol):
 
     def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,)."""
+
+    def select(self, index: Tensor) -> "FixedPointProblem":
+        """Return the problem of some rows, in the order given."""
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
         """Where a full Newton step is known to decrease the objective, bool (m,)."""
@@ -258,7 +263,10 @@ class _Descent:
             torch.zeros(n_rows, dtype=torch.bool, device=start.device),
             torch.zeros(n_rows, dtype=torch.long, device=start.device),
         )
-        self.rows = torch.arange(n_rows, device=start.device)
+        # Place of each row at work in the result, and its number in the problem at work.
+        self._places = torch.arange(n_rows, device=start.device)
+        self.rows = self._places
+        self._open = torch.ones(n_rows, dtype=torch.bool, device=start.device)
         self.z = start.clone()
         self.damping = start.new_ones(n_rows, 1)
         self.gradient = self.failed = None
@@ -283,26 +291,42 @@ class _Descent:
             self.gradient[back] = self.problem.bare_gradient(self._best[back], self.rows[back])
 
     def retire(self) -> Tensor | None:
-        """Write down the rows that are solved; the places of the others, if any were."""
-        done = self._residual <= self.tol
+        """Write down the rows that are solved; return the others once it pays to leave them.
+
+        A row that is written down may be worked on a little longer, until a fifth are: moving the
+        others together costs more than that.
+        """
+        done = (self._residual <= self.tol) & self._open
         if not bool(done.any()):
             return None
         self._write(done)
-        stay = (~done).nonzero().squeeze(1)
-        for name in ("rows", "z", "damping", "gradient", "failed", "_best", "_size", "_residual"):
+        self._open &= ~done
+        count = int(self._open.sum())
+        if count > _CROWDED * len(self.rows):
+            return None
+        stay = self._open.nonzero().squeeze(1)
+        for name in ("_places", "_open", "z", "damping", "gradient", "failed"):
             setattr(self, name, getattr(self, name)[stay])
+        for name in ("_best", "_size", "_residual"):
+            setattr(self, name, getattr(self, name)[stay])
+        self.problem = self.problem.select(stay)
+        self.rows = torch.arange(count, device=stay.device)
         return stay
+
+    def count(self) -> None:
+        """Count an iteration for the rows that are not solved."""
+        self.result.n_iter[self._places] += self._open
 
     def finish(self) -> FixedPointResult:
         """Write down the rest."""
-        self._write(torch.ones_like(self.rows, dtype=torch.bool))
+        self._write(self._open)
         return self.result
 
     def _write(self, which: Tensor) -> None:
-        rows = self.rows[which]
-        self.result.value[rows] = self._best[which]
-        self.result.residual[rows] = self._residual[which]
-        self.result.converged[rows] = self._residual[which] <= self.tol
+        places = self._places[which]
+        self.result.value[places] = self._best[which]
+        self.result.residual[places] = self._residual[which]
+        self.result.converged[places] = self._residual[which] <= self.tol
 
 
 def picard(
@@ -332,8 +356,8 @@ def picard(
         state.retire()
         if not len(state.rows) or iteration == max_iter:
             break
-        state.z = state.z + state.damping * problem.step(state.gradient, state.rows)
-        state.result.n_iter[state.rows] += 1
+        state.z = state.z + state.damping * state.problem.step(state.gradient, state.rows)
+        state.count()
     return state.finish()
 
 
@@ -377,7 +401,7 @@ def anderson(
             directions, responses = directions[:, stay], responses[:, stay]
             if last_z is not None:
                 last_z, last_step = last_z[stay], last_step[stay]
-        z, step = state.z, state.damping * problem.step(state.gradient, state.rows)
+        z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
         state.z = z + step
         if last_z is not None:
             if bool(state.failed.any()):
@@ -401,7 +425,7 @@ def anderson(
             weights = (directions * step).sum(2, keepdim=True)
             state.z -= (weights * responses).sum(0)
         last_z, last_step = z, step
-        state.result.n_iter[state.rows] += 1
+        state.count()
     return state.finish()
 
 
