@@ -446,8 +446,7 @@ class ExpFamilyDEQ(
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.input_tags.allow_nan = True
-        family = FAMILIES.get(self.family) if isinstance(self.family, str) else self.family
-        if family is not None:
-            tags.input_tags.positive_only = family.support.low >= 0
+        if isinstance(self.family, Family) or self.family in FAMILIES:
+            tags.input_tags.positive_only = get_family(self.family).support.low >= 0
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags

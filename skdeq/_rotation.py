@@ -133,6 +133,17 @@ def explained_deviance(
 
     size = max(1, 2**19 // p)
     total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
+    # The first components alone may leave the domain of a family that has one; what they gain is
+    # then told only together with the next.
+    places = torch.arange(k + 1)
+    finite = torch.isfinite(total).cpu()
+    known = total.cpu()[finite]
+    right = torch.searchsorted(places[finite], places).clamp(1, max(len(known) - 1, 1))
+    if len(known) < 2:
+        return torch.zeros(k, dtype=torch.float64)
+    low, high = places[finite][right - 1], places[finite][right]
+    share = (places - low) / (high - low)
+    total = torch.lerp(known[right - 1], known[right], share.double())
     null = total[0]
     if not float(null) > 0:
         return torch.zeros(k, dtype=torch.float64)

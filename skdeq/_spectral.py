@@ -9,6 +9,9 @@ __all__ = ["spectral_start"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 4
+# Up to this size the decomposition is exact, and the seed does not matter.
+_EXACT_ENTRIES = 4e6
+_EXACT_FLOPS = 2e9
 # Residuals are divided by the standard deviation of their feature, as Pearson residuals are, but
 # no feature is taken to vary less than this share of the average: rare features would otherwise
 # fill the leading directions with single entries.
@@ -18,9 +21,9 @@ _LEAST_SHARE = 0.1
 def spectral_start(
     setting: Setting, intercept: Tensor, n_components: int, generator: torch.Generator
 ) -> LatentModel:
-    """Latents with unit second moments from a randomised SVD; loadings are still zero.
+    """Latents with unit second moments from an SVD; loadings are still zero.
 
-    The residual matrix is never formed: it is the data minus a matrix of rank one, and enters
+    The SVD is exact for small data and randomised for large. Of large data the residual matrix is never formed: it is the data minus a matrix of rank one, and enters
     through products only.
 
     Parameters
@@ -66,14 +69,17 @@ def spectral_start(
             expected = expected - transposed.missing_product(weighted)
         return scale.unsqueeze(1) * (transposed @ scaled - mean.unsqueeze(1) * expected)
 
-    size = min(n_components + _OVERSAMPLING, n, p)
-    basis = torch.randn(p, size, generator=generator, dtype=torch.float64).to(device, dtype)
-    for _ in range(_POWER_ITERATIONS):
+    if n * p <= _EXACT_ENTRIES and n * p * p <= _EXACT_FLOPS:
+        basis = torch.eye(p, dtype=dtype, device=device)
+    else:
+        size = min(n_components + _OVERSAMPLING, n, p)
+        basis = torch.randn(p, size, generator=generator, dtype=torch.float64)
+        basis = basis.to(device, dtype)
+        for _ in range(_POWER_ITERATIONS):
+            basis = adjoint(residuals(torch.linalg.qr(basis)[0]))
+            # Powers of large or tiny residuals must not leave the range of float32.
+            basis = basis / basis.abs().max().clamp_min(torch.finfo(dtype).tiny)
         basis = torch.linalg.qr(basis)[0]
-        basis = adjoint(residuals(basis))
-        # Powers of large or tiny residuals must not leave the range of float32.
-        basis = basis / basis.abs().max().clamp_min(torch.finfo(dtype).tiny)
-    basis = torch.linalg.qr(basis)[0]
     left = residuals(basis)
     gram = (left * weight.unsqueeze(1)).T @ left
     _, vectors = torch.linalg.eigh(gram.double())

@@ -1,0 +1,818 @@
+"""ExpFamilyDEQ against PCA, ridge GLMs and the normal law; data of every kind."""
+
+import pickle
+import warnings
+
+import joblib
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import CUDA, FAMILY_OBJECTS, sample
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression, PoissonRegressor
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from skdeq import ExpFamilyDEQ
+from skdeq.families import Binomial, get_family
+
+# Options that take a fit to its optimum, for comparisons to many digits.
+TIGHT = {"tol": 1e-14, "max_iter": 3000, "fixed_point_tol": 1e-12, "random_state": 0}
+
+
+def digits(n=400):
+    X = load_digits().data[:n]
+    return X[:, X.std(axis=0) > 0]
+
+
+def model(family="poisson", **options):
+    return ExpFamilyDEQ(2, family=family, random_state=0, **options)
+
+
+@pytest.fixture(scope="module")
+def fits():
+    X = digits()
+    deq = ExpFamilyDEQ(6, alpha=1e-9, weight_decay=1e-9, **TIGHT).fit(X)
+    return X, deq, PCA(6, svd_solver="full").fit(X)
+
+
+class TestAgainstPCA:
+    def test_components_order_and_sign(self, fits):
+        _, deq, pca = fits
+        np.testing.assert_allclose(deq.components_, pca.components_, atol=1e-6)
+
+    def test_scores(self, fits):
+        X, deq, pca = fits
+        np.testing.assert_allclose(deq.transform(X), pca.transform(X), atol=1e-6)
+
+    def test_explained_deviance_is_explained_variance(self, fits):
+        _, deq, pca = fits
+        np.testing.assert_allclose(
+            deq.explained_deviance_ratio_, pca.explained_variance_ratio_, atol=1e-9
+        )
+
+    def test_inverse_transform(self, fits):
+        X, deq, pca = fits
+        np.testing.assert_allclose(
+            deq.inverse_transform(deq.transform(X)),
+            pca.inverse_transform(pca.transform(X)),
+            atol=1e-6,
+        )
+
+    def test_intercept_is_the_mean(self, fits):
+        X, deq, _ = fits
+        np.testing.assert_allclose(deq.intercept_, X.mean(axis=0), atol=1e-8)
+
+
+def test_penalised_gaussian_model_is_soft_thresholded_svd():
+    # Nuclear norm: singular values shrink by sqrt(n alpha weight_decay), and no further.
+    X = digits(200)
+    centred = X - X.mean(axis=0)
+    deq = ExpFamilyDEQ(5, alpha=4.0, weight_decay=2.0, **TIGHT).fit(X)
+    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    shrunk = np.maximum(values[:5] - np.sqrt(len(X) * 4.0 * 2.0), 0)
+    expected = (left[:, :5] * shrunk) @ right[:5]
+    fitted = deq.natural_parameters(deq.transform(X)) - X.mean(axis=0)
+    np.testing.assert_allclose(fitted, expected, atol=1e-5)
+
+
+def test_poisson_transform_is_the_ridge_glm_of_scikit_learn():
+    X = sample("poisson")
+    alpha = 0.7
+    deq = model(alpha=alpha, whiten=True, fixed_point_tol=1e-12).fit(X)
+    latents = deq.transform(X)
+    design, offset = deq.loadings_, deq.intercept_
+    for row in range(0, 80, 9):
+        # PoissonRegressor has no offset: y exp(-o) with weight exp(o) has the same likelihood.
+        weight = np.exp(offset)
+        glm = PoissonRegressor(
+            alpha=alpha / weight.sum(), fit_intercept=False, tol=1e-12, solver="newton-cholesky"
+        )
+        glm.fit(design, X[row] / weight, sample_weight=weight)
+        np.testing.assert_allclose(latents[row], glm.coef_, atol=1e-6)
+
+
+def test_bernoulli_transform_is_the_ridge_glm_of_scikit_learn():
+    X = sample("bernoulli")
+    alpha = 0.3
+    deq = model("bernoulli", alpha=alpha, whiten=True, fixed_point_tol=1e-12).fit(X)
+    # LogisticRegression has no offset either: make it zero and keep the loadings.
+    deq.intercept_ = np.zeros_like(deq.intercept_)
+    latents = deq.transform(X)
+    checked = 0
+    for row in range(80):
+        if 0 < X[row].sum() < X.shape[1]:
+            glm = LogisticRegression(
+                C=1 / alpha, fit_intercept=False, tol=1e-12, solver="newton-cholesky"
+            )
+            glm.fit(deq.loadings_, X[row])
+            np.testing.assert_allclose(latents[row], glm.coef_[0], atol=1e-6)
+            checked += 1
+    assert checked > 40
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_transform_minimises_the_log_joint_of_every_family(family):
+    X = sample(family)
+    deq = model(family, whiten=True, fixed_point_tol=1e-11).fit(X)
+    law = get_family(family)
+
+    def objective(z, x):
+        eta = torch.from_numpy(deq.loadings_ @ z + deq.intercept_)
+        value = -float(law.log_prob(torch.from_numpy(x), eta).sum()) + 0.5 * z @ z
+        return value if np.isfinite(value) else 1e300
+
+    latents = deq.transform(X)
+    for row in (0, 17, 42):
+        options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 2000}
+        best = minimize(
+            objective, latents[row] + 0.05, args=(X[row],), method="Nelder-Mead", options=options
+        )
+        # Nelder-Mead resolves a minimum to the root of the rounding of its values.
+        np.testing.assert_allclose(latents[row], best.x, atol=1e-5)
+        assert objective(latents[row], X[row]) <= best.fun + 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_fit_is_a_stationary_point_of_the_objective(family):
+    X = sample(family)
+    alpha, weight_decay = 0.8, 0.05
+    deq = model(family, alpha=alpha, weight_decay=weight_decay)
+    deq.set_params(**{**TIGHT, "tol": 1e-13}).fit(X)
+    law = get_family(family)
+    latents = torch.from_numpy(deq.map_latents(X).value)
+    loadings = torch.from_numpy(deq.loadings_).requires_grad_()
+    intercept = torch.from_numpy(deq.intercept_).requires_grad_()
+    likelihood = law.log_prob(torch.from_numpy(X), latents @ loadings.T + intercept).sum(1)
+    objective = (-likelihood + 0.5 * alpha * latents.square().sum(1)).mean()
+    objective = objective + 0.5 * weight_decay * loadings.square().sum()
+    assert float(objective.detach()) == pytest.approx(deq.loss_curve_[-1], abs=1e-8)
+    objective.backward()
+    assert float(loadings.grad.abs().max()) < 1e-5
+    assert float(intercept.grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_objective_never_rises(family):
+    curve = np.array(model(family, max_iter=60, tol=0).fit(sample(family)).loss_curve_)
+    assert (np.diff(curve) <= 1e-10 * np.abs(curve[:-1])).all()
+
+
+def test_gaussian_score_is_the_normal_log_density():
+    X = sample("gaussian", n=60, p=7)
+    deq = ExpFamilyDEQ(3, alpha=0.6, weight_decay=0.1, random_state=0).fit(X)
+    covariance = deq.loadings_ @ deq.loadings_.T / 0.6 + np.eye(7)
+    exact = multivariate_normal(deq.intercept_, covariance).logpdf(X)
+    np.testing.assert_allclose(deq.score_samples(X), exact, atol=1e-8)
+    assert deq.score(X) == pytest.approx(exact.mean(), abs=1e-8)
+
+
+def test_gaussian_score_with_gaps_is_the_marginal_density():
+    X = sample("gaussian", n=20, p=7)
+    deq = ExpFamilyDEQ(2, random_state=0).fit(X)
+    X[3, [1, 4]] = np.nan
+    keep = np.setdiff1d(np.arange(7), [1, 4])
+    covariance = (deq.loadings_ @ deq.loadings_.T + np.eye(7))[np.ix_(keep, keep)]
+    exact = multivariate_normal(deq.intercept_[keep], covariance).logpdf(X[3, keep])
+    assert deq.score_samples(X)[3] == pytest.approx(exact, abs=1e-8)
+
+
+@pytest.mark.parametrize("family", ["poisson", "bernoulli"])
+def test_laplace_score_is_near_the_integral(family):
+    X = sample(family, n=30, p=25, k=1)
+    deq = ExpFamilyDEQ(1, family=family, random_state=0).fit(X)
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    eta = grid[:, None] * torch.from_numpy(deq.loadings_[:, 0]) + torch.from_numpy(deq.intercept_)
+    law = get_family(family)
+    prior = -0.5 * grid.square() - 0.5 * np.log(2 * np.pi)
+    for row in (0, 11, 29):
+        joint = law.log_prob(torch.from_numpy(X[row]), eta).sum(1) + prior
+        integral = float(torch.logsumexp(joint, 0)) + np.log(float(grid[1] - grid[0]))
+        # 25 observations for one latent: the Laplace error is a few hundredths.
+        assert deq.score_samples(X)[row] == pytest.approx(integral, abs=0.1)
+
+
+def test_score_selects_the_rank_that_made_the_data():
+    X = sample("poisson", n=500, p=40, k=3, seed=3)
+    search = GridSearchCV(
+        ExpFamilyDEQ(family="poisson", random_state=0), {"n_components": [1, 2, 3, 5, 8]}, cv=3
+    )
+    assert search.fit(X).best_params_ == {"n_components": 3}
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli"])
+def test_weights_equal_repetition(family):
+    X = sample(family)
+    weight = np.random.default_rng(0).integers(0, 4, len(X))
+    deq = model(family).set_params(**TIGHT)
+    weighted = clone(deq).fit(X, sample_weight=weight)
+    repeated = clone(deq).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.loadings_, repeated.loadings_, atol=1e-6)
+    np.testing.assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-6)
+    assert weighted.loss_curve_[-1] == pytest.approx(repeated.loss_curve_[-1], abs=1e-9)
+    np.testing.assert_allclose(
+        weighted.explained_deviance_ratio_, repeated.explained_deviance_ratio_, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli"])
+def test_order_of_the_rows_does_not_matter(family):
+    X = sample(family)
+    order = np.random.default_rng(0).permutation(len(X))
+    deq = model(family).set_params(**TIGHT)
+    one, two = clone(deq).fit(X), clone(deq).fit(X[order])
+    np.testing.assert_allclose(one.components_, two.components_, atol=1e-6)
+    np.testing.assert_allclose(one.transform(X)[order], two.transform(X[order]), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_missing_entries_equal_a_model_without_them(family):
+    # A row with gaps is solved as the GLM of its observed entries alone.
+    X = sample(family)
+    deq = model(family, whiten=True, fixed_point_tol=1e-11).fit(X)
+    gaps = X.copy()
+    gaps[5, [0, 3]] = np.nan
+    gaps[6] = np.nan
+    latents = deq.transform(gaps)
+    keep = np.setdiff1d(np.arange(9), [0, 3])
+    narrow = pickle.loads(pickle.dumps(deq))
+    narrow.loadings_ = deq.loadings_[keep]
+    narrow.intercept_ = deq.intercept_[keep]
+    narrow._curvature = deq._curvature[keep]
+    narrow.n_features_in_ = 7
+    np.testing.assert_allclose(latents[5], narrow.transform(X[5:6, keep])[0], atol=1e-9)
+    np.testing.assert_array_equal(latents[6], 0)
+    untouched = np.setdiff1d(np.arange(80), [5, 6])
+    np.testing.assert_allclose(latents[untouched], deq.transform(X)[untouched], atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_fit_with_missing_entries_is_a_stationary_point(family):
+    X = sample(family)
+    observed = np.random.default_rng(1).random(X.shape) < 0.8
+    observed[7] = False
+    gaps = np.where(observed, X, np.nan)
+    deq = model(family, weight_decay=0.05).set_params(**{**TIGHT, "tol": 1e-13}).fit(gaps)
+    law = get_family(family)
+    latents = torch.from_numpy(deq.map_latents(gaps).value)
+    assert (latents[7] == 0).all()
+    loadings = torch.from_numpy(deq.loadings_).requires_grad_()
+    intercept = torch.from_numpy(deq.intercept_).requires_grad_()
+    terms = law.log_prob(torch.from_numpy(X), latents @ loadings.T + intercept)
+    # Unobserved entries may lie outside the domain of the family.
+    objective = -terms[torch.from_numpy(observed)].sum() / len(X)
+    objective = objective + 0.5 * latents.square().sum(1).mean()
+    objective = objective + 0.025 * loadings.square().sum()
+    assert float(objective.detach()) == pytest.approx(deq.loss_curve_[-1], abs=1e-8)
+    objective.backward()
+    assert float(loadings.grad.abs().max()) < 1e-5
+    assert float(intercept.grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("exposure", [None, "total"])
+@pytest.mark.parametrize("layout", [sp.csr_array, sp.csc_array, sp.csr_matrix])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_sparse_equals_dense(exposure, layout, gaps):
+    X = sample("poisson", n=60, p=12)
+    X[4] = 0
+    if gaps:
+        X[np.random.default_rng(0).random(X.shape) < 0.1] = np.nan
+    deq = model(exposure=exposure, max_iter=30, tol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        dense, sparse = clone(deq).fit(X), clone(deq).fit(layout(X))
+    np.testing.assert_allclose(dense.loadings_, sparse.loadings_, atol=1e-7)
+    np.testing.assert_allclose(dense.transform(X), sparse.transform(layout(X)), atol=1e-7)
+    np.testing.assert_allclose(dense.score_samples(X), sparse.score_samples(layout(X)), atol=1e-7)
+    assert dense.loss_curve_ == pytest.approx(sparse.loss_curve_, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_float32_agrees_with_float64(family):
+    X = sample(family).astype(np.float32)
+    deq = model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        single, double = clone(deq).fit(X), clone(deq).fit(X.astype(np.float64))
+    scores = single.transform(X)
+    assert scores.dtype == single.components_.dtype == np.float32
+    assert single.inverse_transform(scores).dtype == np.float32
+    # Fits stop at 1e-5 of their gain: the root of that, in the scores, is the common accuracy.
+    reference = double.transform(X.astype(np.float64))
+    assert np.abs(scores - reference).max() < 5e-3 * np.abs(reference).max()
+    assert single.loss_curve_[-1] == pytest.approx(double.loss_curve_[-1], rel=1e-4)
+    # The map itself, at equal parameters, is accurate to single precision.
+    for name in ("loadings_", "intercept_", "_to_scores", "_curvature", "_start_map"):
+        setattr(double, name, getattr(single, name).astype(np.float64))
+    reference = double.transform(X.astype(np.float64))
+    assert np.abs(scores - reference).max() < 2e-5 * np.abs(reference).max()
+
+
+def test_same_seed_same_bytes_whatever_the_threads():
+    X = sample("poisson", n=3000, p=120, k=3)
+    one = model().fit(X)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    two = model().fit(X)
+    torch.set_num_threads(before)
+    assert one.loadings_.tobytes() == two.loadings_.tobytes()
+    assert one.transform(X).tobytes() == two.transform(X).tobytes()
+
+
+def test_global_random_states_are_left_alone():
+    X = sample("poisson")
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(3)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    ExpFamilyDEQ(family="poisson", random_state=0).fit(X)
+    ExpFamilyDEQ(family="poisson", solver="adam", max_iter=2, tol=1.0, random_state=0).fit(X)
+    assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("fixed_point", ["newton", "anderson", "picard"])
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli"])
+def test_fixed_point_solvers_agree(family, fixed_point):
+    X = sample(family)
+    # Strong penalties, under which the layer contracts.
+    deq = model(family, alpha=20.0, weight_decay=0.5).fit(X)
+    reference = deq.map_latents(X)
+    deq.set_params(fixed_point=fixed_point, fixed_point_max_iter=3000, fixed_point_tol=1e-9)
+    result = deq.map_latents(X)
+    assert result.converged.all() and isinstance(result.value, np.ndarray)
+    np.testing.assert_allclose(result.value, reference.value, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "poisson"])
+def test_many_components(family):
+    # Beyond the rank up to which every row gets a Hessian of its own.
+    X = sample(family, n=300, p=60, k=5)
+    deq = ExpFamilyDEQ(20, family=family, random_state=0, fixed_point_tol=1e-9).fit(X)
+    result = deq.map_latents(X)
+    assert result.converged.all()
+    newton = deq.set_params(fixed_point="newton").map_latents(X)
+    np.testing.assert_allclose(result.value, newton.value, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "poisson", "negative_binomial"])
+def test_shared_curvature_reaches_the_same_optimum(family, monkeypatch):
+    import skdeq._scoring as scoring
+
+    X = sample(family, n=200, p=30)
+    exact = ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
+    monkeypatch.setattr(scoring, "_SMALL_RANK", 0)
+    monkeypatch.setattr(scoring, "_HESSIAN_FLOPS", 0)
+    shared = ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
+    assert shared.n_iter_ > exact.n_iter_
+    assert shared.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-6)
+    curve = np.array(shared.loss_curve_)
+    assert (np.diff(curve) <= 1e-9).all()
+
+
+def test_whitened_latents_and_scores_have_the_same_predictors():
+    X = sample("poisson")
+    scores = model().fit(X)
+    latents = clone(scores).set_params(whiten=True).fit(X)
+    np.testing.assert_allclose(
+        scores.natural_parameters(scores.transform(X)),
+        latents.natural_parameters(latents.transform(X)),
+        atol=1e-10,
+    )
+    np.testing.assert_allclose(
+        scores.inverse_transform(scores.transform(X)),
+        np.exp(scores.natural_parameters(scores.transform(X))),
+    )
+
+
+def test_scores_are_principal():
+    X = sample("poisson", n=300, p=20, k=4)
+    deq = ExpFamilyDEQ(4, family="poisson", **TIGHT).fit(X)
+    scores = deq.transform(X)
+    covariance = np.cov(scores.T)
+    variance = np.diag(covariance)
+    assert (np.diff(variance) < 0).all()
+    assert np.abs(covariance - np.diag(variance)).max() < 1e-6 * variance.max()
+    np.testing.assert_allclose(deq.components_ @ deq.components_.T, np.eye(4), atol=1e-12)
+    largest = np.abs(deq.components_).argmax(axis=1)
+    assert (deq.components_[np.arange(4), largest] > 0).all()
+
+
+def test_exposure_takes_out_the_size_of_rows():
+    rng = np.random.default_rng(0)
+    X = sample("poisson", n=300, p=40)
+    size = rng.integers(1, 20, len(X))
+    counts = rng.poisson(np.exp(0.3 * rng.normal(size=(300, 2)) @ rng.normal(size=(2, 40))))
+    counts = rng.poisson((counts.mean(axis=0) + 0.5) * size[:, None]).astype(float)
+    plain = model().fit(counts)
+    offset = model(exposure="total").fit(counts)
+
+    def correlation(deq):
+        return np.abs(np.corrcoef(deq.transform(counts)[:, 0], np.log(size))[0, 1])
+
+    assert correlation(plain) > 0.9
+    assert correlation(offset) < 0.2
+    # A row's size factor is its own: the mean at unit exposure ignores it.
+    doubled = offset.inverse_transform(offset.transform(2 * counts[:5]))
+    once = offset.inverse_transform(offset.transform(counts[:5]))
+    np.testing.assert_allclose(doubled, once, rtol=0.3)
+
+
+def test_exposure_agrees_with_an_explicit_offset():
+    X = sample("poisson", n=50, p=15)
+    X[:, 0] += 1
+    deq = model(exposure="total", whiten=True, fixed_point_tol=1e-12).fit(X)
+    total = X.sum(axis=1)
+    offset = np.log(total / total.mean())
+    z = deq.transform(X)
+    mean = np.exp(z @ deq.loadings_.T + deq.intercept_ + offset[:, None])
+    np.testing.assert_allclose(z, (X - mean) @ deq.loadings_, atol=1e-9)
+
+
+class TestStreams:
+    def test_likelihood_improves_along_a_stream(self):
+        X = sample("poisson", n=3000, p=30, k=3)
+        train, test = X[:2500], X[2500:]
+        deq = ExpFamilyDEQ(3, family="poisson", random_state=0)
+        deq.partial_fit(train[:50])
+        first = deq.score(test)
+        for batch in np.array_split(train[50:], 49):
+            deq.partial_fit(batch)
+        full = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(train)
+        assert deq.score(test) > first
+        # Nine tenths of the way from the first batch to the fit of all the data.
+        assert full.score(test) - deq.score(test) < 0.1 * (full.score(test) - first)
+        assert deq.n_iter_ == len(deq.loss_curve_)
+
+    def test_pickled_stream_goes_on_bit_for_bit(self):
+        X = sample("bernoulli", n=200)
+        deq = model("bernoulli").partial_fit(X[:100])
+        deq.partial_fit(X[100:150])
+        copy = pickle.loads(pickle.dumps(deq))
+        one, two = deq.partial_fit(X[150:]), copy.partial_fit(X[150:])
+        assert one.loadings_.tobytes() == two.loadings_.tobytes()
+
+    def test_bad_batch_leaves_the_model_as_it_was(self):
+        X = sample("poisson")
+        deq = model().partial_fit(X)
+        before = pickle.dumps(deq)
+        for bad in (X[:, :5], -X - 1, np.full_like(X, np.inf)):
+            with pytest.raises(ValueError):
+                deq.partial_fit(bad)
+        assert pickle.dumps(deq) == before
+
+    def test_sparse_batches(self):
+        X = sample("poisson", n=200)
+        dense, sparse = model(), model()
+        for batch in np.array_split(X, 4):
+            dense.partial_fit(batch)
+            sparse.partial_fit(sp.csr_array(batch))
+        np.testing.assert_allclose(dense.loadings_, sparse.loadings_, atol=1e-9)
+
+
+def test_adam_reaches_the_objective_of_scoring():
+    X = sample("poisson", n=600, p=20)
+    full = model(tol=1e-9).fit(X)
+    adam = model(solver="adam", batch_size=64, max_iter=40, tol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        adam.fit(X)
+    start = adam.loss_curve_[0]
+    # Forty epochs; the directions in which loadings and latents trade scale are the slow ones.
+    assert min(adam.loss_curve_) - full.loss_curve_[-1] < 5e-3 * full.loss_curve_[-1]
+    assert min(adam.loss_curve_) <= start
+    scores = adam.transform(X)
+    assert np.corrcoef(scores[:, 0], full.transform(X)[:, 0])[0, 1] > 0.99
+
+
+def test_warm_start_goes_on():
+    X = sample("poisson")
+    with pytest.warns(ConvergenceWarning):
+        cold = model(max_iter=3, tol=0).fit(X)
+    warm = clone(cold).set_params(warm_start=True, max_iter=200, tol=1e-8)
+    warm.loadings_, warm.intercept_ = cold.loadings_, cold.intercept_
+    warm.fit(X)
+    assert warm.loss_curve_[0] <= cold.loss_curve_[-1] + 1e-9
+    again = warm.fit(X)
+    assert again.n_iter_ <= 4
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("family", "value", "message"),
+        [
+            ("poisson", -1.0, "Negative values in data.*row 3, column 2.*poisson.*non-negative"),
+            ("bernoulli", 1.3, r"row 3, column 2.*1\.3.*bernoulli.*\[0, 1\]"),
+            ("continuous_bernoulli", -0.1, r"row 3, column 2.*\[0, 1\]"),
+            (Binomial(n_trials=4), 5.0, r"row 3, column 2.*\[0, 4\]"),
+            ("gamma", 0.0, r"row 3, column 2.*gamma.*\(0, inf\)"),
+            ("rademacher", 2.0, r"row 3, column 2.*\[-1, 1\]"),
+            ("gaussian", np.inf, "infinity.*row 3, column 2"),
+            ("poisson", np.inf, "infinity.*row 3, column 2"),
+        ],
+    )
+    @pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+    def test_outside_the_support(self, family, value, message, layout):
+        X = sample(family)
+        good = X.copy()
+        X[3, 2] = value
+        if layout is sp.csr_array and (value == 0 or family == "gamma"):
+            message = r"gamma.*\(0, inf\)"
+        with pytest.raises(ValueError, match=message):
+            model(family).fit(layout(X))
+        deq = model(family).fit(good)
+        before = pickle.dumps(deq)
+        with pytest.raises(ValueError, match=message):
+            deq.transform(layout(X))
+        with pytest.raises(ValueError, match=message):
+            deq.fit(layout(X))
+        assert pickle.dumps(deq) == before
+
+    def test_column_without_observations(self):
+        X = sample("poisson")
+        X[:, 4] = np.nan
+        for data in (X, sp.csr_array(X)):
+            with pytest.raises(ValueError, match="Column 4 of X has no observed entry"):
+                model().fit(data)
+
+    def test_too_many_components(self):
+        with pytest.raises(ValueError, match=r"n_components=10 .*min\(n_samples, n_features\)=9"):
+            ExpFamilyDEQ(10).fit(sample("gaussian"))
+
+    def test_unknown_options_name_the_known_ones(self):
+        X = sample("poisson")
+        with pytest.raises(ValueError, match="'poisson'"):
+            ExpFamilyDEQ(family="poison").fit(X)
+        with pytest.raises(ValueError, match="'newton'"):
+            ExpFamilyDEQ(fixed_point="newtn").fit(X)
+        with pytest.raises(ValueError, match="'scoring'"):
+            ExpFamilyDEQ(solver="lbfgs").fit(X)
+        with pytest.raises(TypeError, match="famly"):
+            ExpFamilyDEQ(famly="poisson")
+
+    @pytest.mark.parametrize("device", ["cuda:77", "gpu", "mps"])
+    def test_device_that_is_not_there(self, device):
+        with pytest.raises(ValueError, match="device"):
+            ExpFamilyDEQ(device=device).fit(sample("gaussian"))
+
+    def test_exposure_of_a_family_without_one(self):
+        with pytest.raises(ValueError, match="exposure='total' needs a family"):
+            ExpFamilyDEQ(family="bernoulli", exposure="total").fit(sample("bernoulli"))
+
+    def test_depth_is_refused_in_words(self):
+        with pytest.raises(ValueError, match="hidden_layer_sizes"):
+            ExpFamilyDEQ(hidden_layer_sizes=(3,)).fit(sample("gaussian"))
+
+    def test_others(self):
+        X = sample("gaussian")
+        with pytest.raises(NotFittedError):
+            ExpFamilyDEQ().transform(X)
+        with pytest.raises(ValueError, match="could not convert string"):
+            ExpFamilyDEQ().fit(np.array([["a", "b"], ["c", "d"]], dtype=object))
+        with pytest.raises(ValueError, match="0 sample"):
+            ExpFamilyDEQ().fit(X[:0])
+        with pytest.raises(ValueError, match="at least one non-zero number"):
+            ExpFamilyDEQ().fit(X, sample_weight=np.zeros(80))
+        with pytest.raises(ValueError, match="Negative values in data passed to `sample_weight`"):
+            ExpFamilyDEQ().fit(X, sample_weight=-np.ones(80))
+        deq = ExpFamilyDEQ().fit(X)
+        with pytest.raises(ValueError, match="Z has 3 columns, but this model has 2 components"):
+            deq.inverse_transform(np.zeros((1, 3)))
+
+
+class TestDifficultData:
+    def check(self, deq, X):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            deq.fit(X)
+            scores = deq.transform(X)
+        for values in (scores, deq.loadings_, deq.intercept_, deq.components_, deq.loss_curve_):
+            assert np.isfinite(values).all()
+        assert np.isfinite(deq.explained_deviance_ratio_).all()
+        assert np.isfinite(deq.score(X))
+        return scores
+
+    @pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_constant_column_and_duplicated_rows(self, family, dtype):
+        X = sample(family)
+        X[:, 2] = X[0, 2]
+        X[10:20] = X[9]
+        scores = self.check(model(family), X.astype(dtype))
+        np.testing.assert_allclose(scores[10:20] - scores[9], 0, atol=1e-6)
+
+    @pytest.mark.parametrize("family", ["poisson", "bernoulli", "binomial", "negative_binomial"])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_zero_rows_and_columns(self, family, dtype):
+        X = sample(family)
+        X[3] = 0
+        X[:, 5] = 0
+        deq = model(family)
+        self.check(deq, X.astype(dtype))
+        assert np.abs(deq.loadings_[5]).max() < 1
+        self.check(model(family), sp.csr_array(X.astype(dtype)))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_nothing_but_zeros(self, dtype):
+        for exposure in (None, "total"):
+            self.check(model(exposure=exposure), np.zeros((20, 5), dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("exposure", [None, "total"])
+    def test_huge_counts(self, dtype, exposure):
+        X = sample("poisson", n=60)
+        X = np.random.default_rng(0).poisson(1e6 * (1 + X)).astype(dtype)
+        deq = model(exposure=exposure)
+        self.check(deq, X)
+        fitted = deq.inverse_transform(deq.transform(X))
+        if exposure is None:
+            assert np.corrcoef(np.log(fitted).ravel(), np.log(X).ravel())[0, 1] > 0.7
+
+    @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e8])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_scales(self, scale, dtype):
+        self.check(model("gaussian"), (scale * sample("gaussian")).astype(dtype))
+
+    def test_tiny_scales_are_pca_with_small_penalties(self):
+        X = 1e-8 * sample("gaussian")
+        deq = ExpFamilyDEQ(2, alpha=1e-16, weight_decay=1e-16, **TIGHT).fit(X)
+        scores = PCA(2, svd_solver="full").fit_transform(X)
+        np.testing.assert_allclose(deq.transform(X), scores, atol=1e-6 * np.abs(scores).max())
+
+    def test_separable_answers_stay_finite(self):
+        X = np.repeat(np.eye(4), 10, axis=0).repeat(3, axis=1)
+        self.check(model("bernoulli", weight_decay=0.0), X)
+        self.check(model("bernoulli", weight_decay=1e-8, alpha=1e-8), X)
+
+    def test_one_row_at_transform(self):
+        X = sample("poisson")
+        deq = model().fit(X)
+        np.testing.assert_allclose(deq.transform(X[:1]), deq.transform(X)[:1], atol=1e-10)
+
+    def test_as_many_components_as_columns(self):
+        X = sample("poisson", n=40, p=6)
+        self.check(ExpFamilyDEQ(6, family="poisson", random_state=0), X)
+
+    @pytest.mark.parametrize("alpha", [1e-8, 1e8])
+    @pytest.mark.parametrize("weight_decay", [0.0, 1e8])
+    def test_extreme_penalties(self, alpha, weight_decay):
+        self.check(model(alpha=alpha, weight_decay=weight_decay), sample("poisson"))
+
+    def test_layouts_and_types(self):
+        X = sample("poisson")
+        reference = model().fit(X).transform(X)
+        read_only = X.copy()
+        read_only.flags.writeable = False
+        for other in (
+            np.asfortranarray(X),
+            X[::-1][::-1],
+            X.astype(np.uint8),
+            X.astype(int),
+            X.tolist(),
+            read_only,
+            np.repeat(X, 2, axis=1)[:, ::2],
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                scores = model().fit(other).transform(other)
+            np.testing.assert_allclose(scores, reference, atol=1e-9)
+        assert (X == sample("poisson")).all()
+
+
+def test_not_converged_is_one_warning_that_says_what_to_do():
+    with pytest.warns(ConvergenceWarning, match="increase max_iter or tol") as caught:
+        deq = model(max_iter=1, tol=0).fit(sample("poisson"))
+    assert len(caught) == 1
+    assert deq.converged_ is False and deq.n_iter_ == 1
+
+
+def test_pickles_and_clones():
+    X = sample("poisson")
+    deq = ExpFamilyDEQ(2, family=Binomial(n_trials=50), random_state=0).fit(X)
+    for copy in (pickle.loads(pickle.dumps(deq)), joblib.hash(deq) and clone(deq).fit(X)):
+        assert copy.family == Binomial(n_trials=50)
+        np.testing.assert_array_equal(copy.transform(X), deq.transform(X))
+    # Nothing of the training data, and no tensor, goes along.
+    assert not any(isinstance(value, torch.Tensor) for value in vars(deq).values())
+    big = model().fit(sample("poisson", n=4000))
+    assert len(pickle.dumps(big)) < 20_000
+
+
+def test_pickle_of_another_version_warns():
+    deq = model().fit(sample("poisson"))
+    state = deq.__getstate__()
+    assert state["_skdeq_version"]
+    with pytest.warns(UserWarning, match=r"saved by skdeq 0\.0\.1"):
+        ExpFamilyDEQ().__setstate__({**state, "_skdeq_version": "0.0.1"})
+
+
+def test_drop_in_for_pca_in_a_search_over_two_processes():
+    data = load_digits()
+    X, y = (data.data[:300] > 7).astype(float), data.target[:300]
+    pipeline = make_pipeline(
+        ExpFamilyDEQ(family="bernoulli", random_state=0), LogisticRegression(max_iter=2000)
+    )
+    search = GridSearchCV(pipeline, {"expfamilydeq__n_components": [2, 8]}, cv=3, n_jobs=2)
+    search.fit(X, y)
+    assert search.best_params_ == {"expfamilydeq__n_components": 8}
+    assert search.best_score_ > 0.8
+
+
+def test_names_and_data_frames():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(sample("poisson"), columns=[f"gene{j}" for j in range(9)])
+    deq = model().fit(frame)
+    assert list(deq.feature_names_in_) == list(frame.columns)
+    assert list(deq.get_feature_names_out()) == ["expfamilydeq0", "expfamilydeq1"]
+    scores = deq.set_output(transform="pandas").transform(frame)
+    assert list(scores.columns) == ["expfamilydeq0", "expfamilydeq1"]
+
+
+def test_interrupted_fit_leaves_nothing_behind(monkeypatch):
+    import skdeq._scoring as scoring
+
+    X = sample("poisson")
+    threads = torch.get_num_threads()
+    calls = []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = scoring.newton_step
+    monkeypatch.setattr(scoring, "newton_step", interrupt)
+    deq = model()
+    with pytest.raises(KeyboardInterrupt):
+        deq.fit(X)
+    assert not hasattr(deq, "components_") and not hasattr(deq, "n_features_in_")
+    assert torch.get_num_threads() == threads
+
+
+def test_verbose_prints_a_line_for_each_iteration(capsys):
+    deq = model(verbose=1).fit(sample("poisson"))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == deq.n_iter_
+    assert "objective" in lines[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_devices_agree(device):
+    X = sample("poisson", n=300, p=20)
+    reference = model(device="cpu").fit(X)
+    deq = model(device=device).fit(X)
+    np.testing.assert_allclose(deq.transform(X), reference.transform(X), atol=1e-5)
+    copy = pickle.loads(pickle.dumps(deq)).set_params(device="cpu")
+    np.testing.assert_allclose(copy.transform(X), deq.transform(X), atol=1e-6)
+
+
+def test_memory_stays_within_the_chunks():
+    # The latents and loadings of 4 MB; the predictors of all rows at once would be 80 MB.
+    resource = pytest.importorskip("resource")
+    X = sp.random_array((20_000, 500), density=0.02, format="csr", rng=0, dtype=np.float64)
+    X.data = np.ceil(3 * X.data)
+    deq = ExpFamilyDEQ(3, family="poisson", max_iter=2, tol=0, random_state=0)
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    deq.fit(X[:2000])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        deq.fit(X)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 256 * 1024
+
+
+def test_iris_like_user_defined_family():
+    from skdeq.families import Family, Interval
+
+    class Exponential(Family):
+        name = "exponential"
+        support = Interval(0, np.inf, False, False)
+        domain = Interval(-np.inf, 0, False, False)
+        accepts = "positive numbers"
+
+        def log_partition(self, eta):
+            return torch.where(eta < 0, -torch.log(-eta), torch.inf)
+
+        def mean(self, eta):
+            return torch.where(eta < 0, -1 / eta, torch.inf)
+
+        def variance(self, eta):
+            return torch.where(eta < 0, 1 / eta.square(), torch.inf)
+
+        def log_base(self, x):
+            return torch.zeros_like(x)
+
+    X = sample("gamma")
+    mine = ExpFamilyDEQ(2, family=Exponential(), **{**TIGHT, "tol": 1e-9}).fit(X)
+    # The exponential law is the gamma law of shape one.
+    ours = ExpFamilyDEQ(2, family="gamma", **{**TIGHT, "tol": 1e-9}).fit(X)
+    np.testing.assert_allclose(mine.transform(X), ours.transform(X), atol=1e-4)
+    assert mine.score(X) == pytest.approx(ours.score(X), abs=1e-6)
