@@ -191,6 +191,14 @@ class Family(_EqualByParameters, ABC):
             self.variance(eta) if variance else None,
         )
 
+    def summed_statistics_(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the sum of A(eta) over each row, shape (m,), and the mean, like `statistics_`.
+
+        The sum may be cheaper than its terms, and is as accurate as they are.
+        """
+        log_partition, mean, _ = self.statistics_(eta, log_partition=True)
+        return log_partition.sum(-1), mean
+
 
 class CanonicalMap(_EqualByParameters, ABC):
     """Elementwise map R from the linear predictor zeta to the natural parameter eta."""

@@ -206,6 +206,7 @@ class MapProblem:
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)
+        weighted = self.weight is not None or missing is not None
         first, second = self._upper
         total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope = z.new_zeros(self.r, len(z)) if gradient else None
@@ -220,6 +221,12 @@ class MapProblem:
                 else z.new_empty(len(z), stop - start)
             )
             torch.mm(expanded, self._expand[:, start:stop], out=eta)
+            if objective and not (hessian or curvature or weighted):
+                sums, mean = self.family.summed_statistics_(eta)
+                total += sums
+                if gradient:
+                    slope.addmm_(self._collect[1:, start:stop], mean.T)
+                continue
             log_partition, mean, variance = self.family.statistics_(
                 eta, log_partition=objective, variance=hessian or curvature
             )

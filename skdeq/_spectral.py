@@ -23,8 +23,8 @@ def spectral_start(
 ) -> LatentModel:
     """Latents with unit second moments from an SVD; loadings are still zero.
 
-    The SVD is exact for small data and randomised for large. Of large data the residual matrix is never formed: it is the data minus a matrix of rank one, and enters
-    through products only.
+    The SVD is exact for small data and randomised for large. The residual matrix of large data is
+    never formed: it is the data minus a matrix of rank one, and enters through products only.
 
     Parameters
     ----------

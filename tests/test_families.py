@@ -676,3 +676,16 @@ def test_docstring_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 15, 16, 17, 100, 1023])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["bernoulli", "binomial", "poisson", "rademacher"])
+def test_summed_statistics_are_the_sums(name, width, dtype):
+    family = get_family(name)
+    eta = torch.linspace(-30, 10, 4 * width, dtype=dtype).reshape(width, 4).T.contiguous()
+    sums, mean = family.summed_statistics_(eta.clone())
+    exact = family.log_partition(eta.double()).sum(1)
+    scale = family.log_partition(eta.double()).abs().sum(1) + width
+    assert ((sums.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * scale).all()
+    torch.testing.assert_close(mean.double(), family.mean(eta.double()), rtol=1e-5, atol=1e-6)
