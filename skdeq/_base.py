@@ -23,6 +23,7 @@ __all__ = [
     "rows_of",
     "to_numpy",
     "to_observations",
+    "to_tensor",
     "unchanged_on_error",
 ]
 
@@ -79,6 +80,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"{known}; got {device!r}.") from error
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"{known}; got {device!r}.")
+    if resolved.type == "cpu" and resolved.index not in (None, 0):
+        raise ValueError(f"{known}; got {device!r}.")
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
@@ -121,6 +124,7 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
         bad = _first_outside(X, family)
         if bad is not None:
             _refuse(estimator, family, *bad)
+    _check_size(X, family)
     if reset:
         empty = np.flatnonzero(_missing_per_column(X) == X.shape[0])
         if len(empty):
@@ -130,6 +134,23 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
                 f"{type(estimator).__name__}.fit."
             )
     return X
+
+
+def _check_size(X, family: Family) -> None:
+    """Refuse finite values whose sums of squares overflow."""
+    values = X.data if sp.issparse(X) else X
+    if not values.size or np.isfinite(family.support.high - family.support.low):
+        return
+    limit = np.sqrt(np.finfo(X.dtype).max / max(X.shape[0] * X.shape[1], 1e6))
+    with np.errstate(invalid="ignore"):
+        largest = max(float(np.fmax.reduce(values, axis=None)), 0.0)
+        largest = max(largest, -float(np.fmin.reduce(values, axis=None)))
+    if largest > limit:
+        raise ValueError(
+            f"X has values as large as {largest:.1e}; sums of their squares overflow {X.dtype}. "
+            f"Rescale X below {limit:.0e}"
+            + (" or pass float64." if X.dtype == np.float32 else ".")
+        )
 
 
 def _outside(values: np.ndarray, family: Family) -> np.ndarray:
@@ -195,7 +216,8 @@ def _missing_per_column(X) -> np.ndarray:
     return count
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Share an array with a tensor on the CPU, or copy it where torch cannot share it."""
     # torch refuses negative strides and warns about arrays it may not write to.
     if not array.flags.writeable or any(step < 0 for step in array.strides):
         array = array.copy()
@@ -204,9 +226,9 @@ def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _compressed(indptr, indices, data, shape, device: torch.device) -> CompressedRows:
     return CompressedRows(
-        _tensor(indptr.astype(np.int64), device),
-        _tensor(indices.astype(np.int64), device),
-        None if data is None else _tensor(data, device),
+        to_tensor(indptr.astype(np.int64), device),
+        to_tensor(indices.astype(np.int64), device),
+        None if data is None else to_tensor(data, device),
         tuple(shape),
     )
 
@@ -214,7 +236,7 @@ def _compressed(indptr, indices, data, shape, device: torch.device) -> Compresse
 def to_observations(X, family: Family, device: torch.device) -> Observations:
     """Sufficient statistics of validated data as tensors; dense floats are shared, not copied."""
     if not sp.issparse(X):
-        values = _tensor(X, device)
+        values = to_tensor(X, device)
         missing = None
         if _missing_per_column(X).any():
             missing = torch.isnan(values)
@@ -225,7 +247,7 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
         return Observations(values, missing=missing)
     gaps = np.isnan(X.data)
     missing = None
-    data = family.sufficient(_tensor(X.data, torch.device("cpu"))).numpy()
+    data = family.sufficient(to_tensor(X.data, torch.device("cpu"))).numpy()
     if gaps.any():
         data = np.where(gaps, 0, data).astype(X.dtype)
         rows = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))[gaps]
@@ -238,7 +260,7 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
 def rows_of(X, index: Tensor, device: torch.device) -> Tensor:
     """Return some rows of validated data as a dense tensor, NaN where missing."""
     rows = X[index.cpu().numpy()]
-    return _tensor(rows.toarray() if sp.issparse(rows) else rows, device)
+    return to_tensor(rows.toarray() if sp.issparse(rows) else rows, device)
 
 
 def log_base_rows(X, family: Family) -> np.ndarray:

@@ -18,6 +18,7 @@ from skdeq._base import (
     rows_of,
     to_numpy,
     to_observations,
+    to_tensor,
 )
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
@@ -86,6 +87,10 @@ class LatentVariableEstimator(BaseEstimator):
             sample_weight = _check_sample_weight(
                 sample_weight, X, dtype=X.dtype, ensure_non_negative=True
             )
+            if reset and not sample_weight.all():
+                # Rows without weight take no part in the fit, not even by leaving the domain.
+                kept = np.flatnonzero(sample_weight)
+                X, sample_weight = X[kept], sample_weight[kept]
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = torch.from_numpy(log_base_rows(X, family))
@@ -113,10 +118,12 @@ class LatentVariableEstimator(BaseEstimator):
         options = self._options()
         model, trace = solver(setting, options, generator, previous)
         if not trace.converged:
+            advice = ", or weight_decay: without it the optimum may lie at infinity"
+            advice = advice if self.weight_decay == 0 else ""
             warnings.warn(
                 f"{type(self).__name__} did not converge: the objective still changed by more "
                 f"than tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
-                "increase max_iter or tol.",
+                f"increase max_iter or tol{advice}.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -167,12 +174,14 @@ class LatentVariableEstimator(BaseEstimator):
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept = self._parameters(setting)
         parameters = torch.cat([loadings, intercept.unsqueeze(1)], dim=1)
-        optimiser = make_adam(parameters, float(self.learning_rate), self._adam)
+        optimiser = make_adam(
+            parameters, self.learning_rate / (1 + self._adam.step / 100) ** 0.5, self._adam
+        )
         solution, objective = solve_and_step(
             setting,
             parameters,
             optimiser,
-            torch.from_numpy(self._curvature).to(parameters),
+            to_tensor(self._curvature).to(parameters),
             **self._options().latent_solver(),
         )
         model = LatentModel(parameters[:, :-1], parameters[:, -1], solution.value)
@@ -187,8 +196,8 @@ class LatentVariableEstimator(BaseEstimator):
         batch = latent_covariance(solution.value, setting.sample_weight)
         mean, covariance, weight = self._moments
         seen = (
-            torch.from_numpy(mean).to(batch[0]),
-            torch.from_numpy(covariance).to(batch[0]),
+            to_tensor(mean).to(batch[0]),
+            to_tensor(covariance).to(batch[0]),
             weight,
         )
         moments = pooled_covariance(seen, batch)
@@ -199,8 +208,8 @@ class LatentVariableEstimator(BaseEstimator):
         """Fitted loadings and intercept in the type and on the device of the data."""
         like = {"dtype": setting.observations.dtype, "device": setting.observations.device}
         return (
-            torch.from_numpy(self.loadings_).to(**like),
-            torch.from_numpy(self.intercept_).to(**like),
+            to_tensor(self.loadings_).to(**like),
+            to_tensor(self.intercept_).to(**like),
         )
 
     def _latents(self, setting: Setting, start: torch.Tensor | None = None) -> FixedPointResult:
@@ -210,9 +219,9 @@ class LatentVariableEstimator(BaseEstimator):
             setting,
             loadings,
             intercept,
-            curvature=torch.from_numpy(self._curvature).to(loadings),
+            curvature=to_tensor(self._curvature).to(loadings),
             start=start,
-            start_map=torch.from_numpy(self._start_map).to(loadings),
+            start_map=to_tensor(self._start_map).to(loadings),
             **self._options().latent_solver(),
         )
 
@@ -223,7 +232,23 @@ class LatentVariableEstimator(BaseEstimator):
         setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
         return self._latents(setting), setting, X
 
+    def _checked(self, result: FixedPointResult) -> FixedPointResult:
+        """Warn of rows that are not solved."""
+        left = int((~result.converged).sum())
+        if left:
+            single = result.value.dtype == torch.float32
+            warnings.warn(
+                f"The latents of {left} of {len(result.converged)} rows are not solved to "
+                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
+                f"{float(result.residual.max()):.1e}, see map_latents): increase "
+                "fixed_point_max_iter, use fixed_point='newton'"
+                + (", pass float64 data or centre them." if single else "."),
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return result
+
     def _output(self, latents: torch.Tensor) -> np.ndarray:
         if not self.whiten:
-            latents = latents @ torch.from_numpy(self._to_scores).to(latents)
+            latents = latents @ to_tensor(self._to_scores).to(latents)
         return to_numpy(latents)

@@ -7,7 +7,7 @@ import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from skdeq._base import Versioned, log_base_rows, to_numpy, unchanged_on_error
 from skdeq._chunks import parallel_chunks
@@ -92,7 +92,8 @@ class ExpFamilyDEQ(
         have gained over the intercept alone, twice in a row.
 
     learning_rate : float, default=0.02
-        Step size of "adam" and of `partial_fit`.
+        Step size of "adam", where it falls to zero along a cosine, and of `partial_fit`, where
+        it falls like one over the square root of one plus a hundredth of the batches seen.
 
     batch_size : int or None, default=None
         Rows of a minibatch of "adam"; None is 256.
@@ -132,9 +133,8 @@ class ExpFamilyDEQ(
         The loadings W, in units of the prior of the latents.
     explained_deviance_ratio_ : ndarray of shape (n_components,)
         Share of the deviance of the intercept-only model that each component removes; for
-        Gaussian data PCA's explained variance ratio. With more than 5e7 entries times
-        components estimated from 1,024 evenly spaced rows; after `partial_fit`, from the last
-        batch.
+        Gaussian data PCA's explained variance ratio. With more than 4e6 entries estimated from
+        evenly spaced rows; after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective at each iteration, with all constants of the likelihood.
     n_iter_ : int
@@ -172,7 +172,7 @@ class ExpFamilyDEQ(
 
     _parameter_constraints = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
-        "family": [StrOptions(set(FAMILIES)), Family],
+        "family": [str, Family],
         "canonical_map": [StrOptions(set(CANONICAL_MAPS)), CanonicalMap],
         "hidden_layer_sizes": ["array-like"],
         "hidden_map": [StrOptions(set(_HIDDEN_MAPS))],
@@ -294,7 +294,10 @@ class ExpFamilyDEQ(
         """
         with unchanged_on_error(self), parallel_chunks():
             setting, model = self._fit(X, sample_weight)
-            return self._output(self._latents(setting, model.latents).value)
+            if setting.observations.shape[0] < _num_samples(X):
+                # Rows of zero weight were left out of the fit.
+                return self._output(self._checked(self._solve(X)[0]).value)
+            return self._output(self._checked(self._latents(setting, model.latents)).value)
 
     def transform(self, X):
         """Scores of rows, seen in training or not.
@@ -310,7 +313,7 @@ class ExpFamilyDEQ(
             Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
         """
         with parallel_chunks():
-            return self._output(self._solve(X)[0].value)
+            return self._output(self._checked(self._solve(X)[0]).value)
 
     def map_latents(self, X):
         """MAP latents of rows, each with its certificate of convergence.
@@ -366,7 +369,8 @@ class ExpFamilyDEQ(
         Returns
         -------
         ndarray of shape (n_samples, n_features)
-            Infinite where Z is outside the domain of a gamma or negative binomial family.
+                Infinite where the predictors are outside the domain of a gamma or negative
+            binomial family, as those of entries that were missing may be.
         """
         eta = self.natural_parameters(Z)
         return get_family(self.family).mean(torch.from_numpy(eta)).numpy()
@@ -389,6 +393,7 @@ class ExpFamilyDEQ(
         with parallel_chunks():
             result, setting, X = self._solve(X)
             loadings, intercept = self._parameters(setting)
+            self._checked(result)
             marginal = laplace_log_likelihood(setting, loadings, intercept, result.value)
             return to_numpy(marginal) + log_base_rows(X, setting.family)
 

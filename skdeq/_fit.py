@@ -16,6 +16,8 @@ from skdeq._stochastic import AdamState, envelope_gradient, make_adam, solve_and
 __all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
 
 _BATCH_SIZE = 256
+# Loss of an epoch, as a share of what the best one has gained, that sends the fit back to it.
+_ASTRAY = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,16 @@ def fit_full_batch(
     model = scoring.run(model, trace.null_objective)
     trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
     trace.converged = scoring.converged
+    if scoring.exact:
+        # The latents are those of the loadings before the last; a Newton step or two mends that.
+        solved = solve_latents(
+            setting,
+            model.loadings,
+            model.intercept,
+            start=model.latents,
+            **options.latent_solver(),
+        )
+        model = LatentModel(model.loadings, model.intercept, solved.value)
     return fix_signs(model), trace
 
 
@@ -119,7 +131,10 @@ def fit_minibatches(
         optimiser, options.max_iter * max(1, n // size)
     )
     report = _reporter(options.verbose)
-    best, quiet = None, 0
+    solved = solve_latents(setting, model.loadings, model.intercept, **options.latent_solver())
+    _, objective = envelope_gradient(setting, parameters, solved.value)
+    best = (objective, LatentModel(model.loadings, model.intercept, solved.value))
+    last, quiet = objective, 0
     for epoch in range(1, options.max_iter + 1):
         order = torch.randperm(n, generator=generator).to(device)
         for batch in order.split(size):
@@ -128,16 +143,24 @@ def fit_minibatches(
         loadings, intercept = parameters[:, :-1].contiguous(), parameters[:, -1].clone()
         solved = solve_latents(setting, loadings, intercept, **options.latent_solver())
         _, objective = envelope_gradient(setting, parameters, solved.value)
-        last = trace.loss_curve[-1] if trace.loss_curve else torch.inf
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
         if report is not None:
             report(epoch, objective)
-        if best is None or objective < best[0]:
-            best = (objective, LatentModel(loadings, intercept, solved.value))
         gained = max(trace.null_objective - objective, 0.0)
-        quiet = quiet + 1 if last - objective <= options.tol * gained else 0
+        quiet = quiet + 1 if abs(last - objective) <= options.tol * gained else 0
         trace.converged = quiet >= 2
+        last = objective
+        if objective < best[0]:
+            best = (objective, LatentModel(loadings, intercept, solved.value))
+        elif not objective - best[0] <= _ASTRAY * abs(trace.null_objective - best[0]):
+            # Gone astray: back to the best parameters, with smaller steps from there.
+            parameters[:, :-1], parameters[:, -1] = best[1].loadings, best[1].intercept
+            optimiser.state.clear()
+            schedule.base_lrs = [0.1 * rate for rate in schedule.base_lrs]
+            for group in optimiser.param_groups:
+                group["lr"] *= 0.1
+            last = best[0]
         if trace.converged:
             break
     model = best[1]

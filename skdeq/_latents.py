@@ -49,8 +49,8 @@ def solve_latents(
     start : Tensor of shape (n, k), optional
         Where to start.
     start_map : Tensor of shape (k + 1, k), optional
-        From :func:`fit_start_map`: where Anderson acceleration starts without ``start``. All
-        else starts from zero.
+        From :func:`fit_start_map`: where Anderson acceleration starts without ``start``, if the
+        variance has a bound. All else starts from zero, which is inside any domain.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def solve_latents(
     n = problem.n_rows
     if start is not None:
         begin = start
-    elif method == "anderson" and start_map is not None:
+    elif method == "anderson" and bounded and start_map is not None:
         begin = linear_start(problem, start_map)
     else:
         begin = loadings.new_zeros(n, k)
@@ -154,10 +154,22 @@ def laplace_log_likelihood(
     def work(low: int, high: int) -> Tensor:
         rows = torch.arange(high - low, device=latents.device)
         objective, _, hessian, _ = problem.chunk(low, high).derivatives(latents[low:high], rows)
-        return -objective - 0.5 * torch.logdet(hessian.double())
+        return -objective - 0.5 * _log_determinant(hessian.double(), setting.alpha)
 
     parts = map_chunks(work, len(latents), problem.chunk_rows(), latents.device)
     return torch.cat(parts) + 0.5 * k * math.log(setting.alpha)
+
+
+def _log_determinant(hessian: Tensor, least: float) -> Tensor:
+    """Log determinants of Hessians whose eigenvalues are known to be at least ``least``."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    result = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    # Rounding makes the Hessian of enormous loadings indefinite.
+    failed = ((info != 0) | ~torch.isfinite(result)).nonzero().squeeze(1)
+    if len(failed):
+        matrices = torch.nan_to_num(hessian[failed])
+        result[failed] = torch.linalg.eigvalsh(matrices).clamp_min(least).log().sum(1)
+    return result
 
 
 def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
@@ -190,6 +202,8 @@ def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
         if offset is not None:
             eta += offset[low:high].unsqueeze(1)
         variance = setting.family.statistics_(eta, variance=True)[2]
+        # Entries that are missing may lie outside the domain.
+        variance = torch.where(torch.isfinite(variance), variance, 0.0)
         return variance.double().sum(0) if side == "rows" else variance.double().mean(1)
 
     parts = map_chunks(work, len(latents), 256, latents.device)

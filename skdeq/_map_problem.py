@@ -266,7 +266,9 @@ class MapProblem:
         """
         curvature = (curvature / self.r).clamp_min(self._least)
         scale = (self.penalty.mean() + curvature) * (1 + z.abs().amax(1))
-        return gradient.abs().amax(1) / scale
+        residual = gradient.abs().amax(1) / scale
+        # Outside the domain the curvature is infinite, and nothing is solved.
+        return torch.where(torch.isfinite(scale), residual, torch.inf)
 
     def _set_relative(self, rows: Tensor, curvature: Tensor) -> None:
         if self._basis is not None and self._inverse is None:

@@ -131,10 +131,10 @@ class Scoring:
         """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""
         n, p = self.setting.observations.shape
         k = model.loadings.shape[1]
-        exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
+        self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
         bounded = self.setting.family.variance_bound is not None
         self._half = self._newton_half
-        if not exact:
+        if not self.exact:
             self._half = self._majorised_half if bounded else self._shared_half
         self._lengths: dict[str, Tensor] = {}
         self._typical: dict[str, Tensor] = {}

@@ -15,6 +15,8 @@ from skdeq._latents import solve_latents
 from skdeq._model import Setting, column_problem
 from skdeq.fixed_point import FixedPointResult
 
+_MAX_HALVINGS = 20
+
 __all__ = ["AdamState", "envelope_gradient", "solve_and_step"]
 
 
@@ -66,12 +68,23 @@ def solve_and_step(
     curvature: Tensor | None = None,
     **fixed_point,
 ) -> tuple[FixedPointResult, float]:
-    """Solve the latents of a batch and move ``parameters`` (p, k + 1) by one step."""
-    loadings, intercept = parameters[:, :-1].contiguous(), parameters[:, -1].contiguous()
+    """Solve the latents of a batch and move ``parameters`` (p, k + 1) by one step.
+
+    A step that takes the batch out of the domain of the family is halved until it does not.
+    """
+    before = parameters.clone()
+    loadings, intercept = before[:, :-1].contiguous(), before[:, -1].contiguous()
     solution = solve_latents(setting, loadings, intercept, curvature=curvature, **fixed_point)
     gradient, objective = envelope_gradient(setting, parameters, solution.value)
     parameters.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
+    if setting.family.domain.low > -torch.inf or setting.family.domain.high < torch.inf:
+        for _ in range(_MAX_HALVINGS):
+            if np.isfinite(envelope_gradient(setting, parameters, solution.value)[1]):
+                break
+            parameters.copy_(torch.lerp(before, parameters, 0.5))
+        else:
+            parameters.copy_(before)
     return solution, objective
 
 

@@ -475,6 +475,85 @@ class TestStreams:
         np.testing.assert_allclose(dense.loadings_, sparse.loadings_, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "negative_binomial", "gamma"])
+def test_adam_that_diverges_keeps_the_best_parameters(family):
+    X = sample(family, n=200, p=12)
+    deq = model(family, solver="adam", learning_rate=100.0, batch_size=32, max_iter=10)
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        deq.fit(X)
+    assert not deq.converged_
+    assert np.isfinite(deq.loadings_).all()
+    # The start is the first half-iteration of scoring: never worse than the intercept alone.
+    law, x = get_family(family), torch.from_numpy(X)
+    latents = torch.from_numpy(deq.map_latents(X).value)
+    eta = latents @ torch.from_numpy(deq.loadings_).T + torch.from_numpy(deq.intercept_)
+    objective = float((0.5 * latents.square().sum(1) - law.log_prob(x, eta).sum(1)).mean())
+    null = law.log_prob(x, law.link(x.mean(0)).expand_as(x)).sum(1).mean()
+    assert objective < -float(null)
+
+
+@pytest.mark.parametrize("fixed_point", ["anderson", "picard"])
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_certificates_are_honest(family, fixed_point):
+    # Penalties so weak that the layer does not contract, and steps leave the domain.
+    X = sample(family, n=200)
+    deq = model(family, alpha=0.05, fixed_point_tol=1e-8).fit(X)
+    exact = deq.map_latents(X)
+    assert exact.converged.all()
+    result = deq.set_params(fixed_point=fixed_point).map_latents(X)
+    claimed = result.converged
+    np.testing.assert_allclose(result.value[claimed], exact.value[claimed], atol=1e-4)
+    assert np.isfinite(result.value).all() and np.isfinite(result.residual).all()
+    assert np.isfinite(deq.score(X))
+
+
+@pytest.mark.parametrize("family", ["negative_binomial", "gamma"])
+def test_rows_without_weight_take_no_part(family):
+    X = sample(family, n=200)
+    weight = np.random.default_rng(0).integers(0, 3, 200)
+    weighted = model(family).fit(X, sample_weight=weight)
+    repeated = model(family).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.loadings_, repeated.loadings_, atol=1e-6)
+    assert weighted.fit_transform(X, sample_weight=weight).shape == (200, 2)
+
+
+def test_unsolved_rows_are_one_warning_at_transform():
+    X = sample("poisson")
+    deq = model(fixed_point="picard", fixed_point_max_iter=3).fit(X)
+    with pytest.warns(ConvergenceWarning, match=r"latents of \d+ of 80 rows") as caught:
+        deq.transform(X)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("family", ["negative_binomial", "gamma"])
+def test_explained_deviance_tells_components_apart(family):
+    X = sample(family, n=300, p=12, k=1)
+    ratio = ExpFamilyDEQ(4, family=family, random_state=0).fit(X).explained_deviance_ratio_
+    assert (ratio >= 0).all() and ratio.sum() < 1
+    assert ratio[0] > 1.2 * ratio[1]
+
+
+def test_explained_deviance_adds_up():
+    X = sample("poisson", n=200, p=15, k=3)
+    deq = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
+    law = get_family("poisson")
+    eta = torch.from_numpy(deq.natural_parameters(deq.transform(X)))
+    x = torch.from_numpy(X)
+    null = law.deviance(x, torch.log(x.mean(0)).expand_as(x)).sum()
+    expected = 1 - float(law.deviance(x, eta).sum() / null)
+    assert deq.explained_deviance_ratio_.sum() == pytest.approx(expected, abs=1e-6)
+
+
+def test_memory_mapped_model_is_silent(tmp_path):
+    X = sample("poisson")
+    deq = model().fit(X)
+    joblib.dump(deq, tmp_path / "model")
+    mapped = joblib.load(tmp_path / "model", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(mapped.transform(X), deq.transform(X))
+
+
 def test_adam_reaches_the_objective_of_scoring():
     X = sample("poisson", n=600, p=20)
     full = model(tol=1e-9).fit(X)
@@ -546,7 +625,7 @@ class TestBadInput:
 
     def test_unknown_options_name_the_known_ones(self):
         X = sample("poisson")
-        with pytest.raises(ValueError, match="'poisson'"):
+        with pytest.raises(ValueError, match="Did you mean 'poisson'.*Known are 'gaussian'"):
             ExpFamilyDEQ(family="poison").fit(X)
         with pytest.raises(ValueError, match="'newton'"):
             ExpFamilyDEQ(fixed_point="newtn").fit(X)
@@ -555,7 +634,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="famly"):
             ExpFamilyDEQ(famly="poisson")
 
-    @pytest.mark.parametrize("device", ["cuda:77", "gpu", "mps"])
+    @pytest.mark.parametrize("device", ["cuda:77", "gpu", "mps", "cpu:3"])
     def test_device_that_is_not_there(self, device):
         with pytest.raises(ValueError, match="device"):
             ExpFamilyDEQ(device=device).fit(sample("gaussian"))
@@ -567,6 +646,12 @@ class TestBadInput:
     def test_depth_is_refused_in_words(self):
         with pytest.raises(ValueError, match="hidden_layer_sizes"):
             ExpFamilyDEQ(hidden_layer_sizes=(3,)).fit(sample("gaussian"))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_values_that_overflow(self, dtype):
+        X = sample("gaussian").astype(dtype) * np.sqrt(np.finfo(dtype).max)
+        with pytest.raises(ValueError, match="Rescale X below"):
+            ExpFamilyDEQ().fit(X)
 
     def test_others(self):
         X = sample("gaussian")
