@@ -69,7 +69,9 @@ class ExpFamilyDEQ(
     weight_decay : float, default=0.03
         Penalty of the loadings, >= 0. At the optimum only the product of `alpha` and
         `weight_decay` matters for the fitted predictors: together they are a penalty on the
-        nuclear norm of the matrix of predictors.
+        nuclear norm of the matrix of predictors. Components that the penalty empties have
+        scores of zero. The larger the information of an entry (trials, counts), the more
+        penalty it bears: with binary data 1 is much, with 16 trials it is not.
 
     exposure : {"total"} or None, default=None
         With "total" (Poisson), the offset of a row is ``log(row total / mean training row

@@ -112,6 +112,7 @@ class MapProblem:
         self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
         self._longest = math.sqrt(float(design.square().sum(1).max())) if len(design) else 0.0
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
+        self.scale_is_bounded = family.variance_bound is not None
         self._set_map(curvature, shared_map)
 
     def _set_map(self, curvature: Tensor | None, shared_map: bool) -> None:

@@ -67,14 +67,19 @@ def orthonormal_scores(loadings: Tensor, covariance: Tensor) -> tuple[Tensor, Te
         the entry of largest magnitude of each row is positive, as in scikit-learn's PCA.
     to_scores : Tensor of shape (k, k), float64
         Scores are ``latents @ to_scores``, and ``scores @ components = latents @ loadings.T``.
+        A component whose standard deviation is below the root of the machine epsilon of the
+        first is zero.
     """
     basis, triangle = torch.linalg.qr(loadings.double())
-    _, vectors = torch.linalg.eigh(triangle @ covariance @ triangle.T)
-    vectors = vectors.flip(1)
+    variances, vectors = torch.linalg.eigh(triangle @ covariance @ triangle.T)
+    variances, vectors = variances.flip(0), vectors.flip(1)
     components = (basis @ vectors).T
     columns = components.abs().argmax(1, keepdim=True)
     signs = torch.sign(components.gather(1, columns))
-    return components * signs, triangle.T @ vectors * signs.T
+    to_scores = triangle.T @ vectors * signs.T
+    # What the penalties have emptied is zero, and not dust for a StandardScaler to blow up.
+    least = torch.finfo(loadings.dtype).eps * variances[0]
+    return components * signs, torch.where(variances > least, to_scores, 0.0)
 
 
 def explained_deviance(

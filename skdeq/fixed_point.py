@@ -61,6 +61,10 @@ class FixedPointResult:
 class FixedPointProblem(Protocol):
     """What the solvers ask of a problem; ``rows`` are the indices of the rows still at work."""
 
+    scale_is_bounded: bool
+    """Whether the curvature that scales the residual has a bound, and so cannot go far astray
+    between two evaluations."""
+
     terms: float
     """Weight of the terms that the objective of a row sums up: what its rounding grows with."""
 
@@ -278,7 +282,7 @@ class _Descent:
         """Evaluate the gradient at ``z``; send back and mark as ``failed`` what got worse."""
         fresh = iteration % _REFRESH == 0
         self.gradient, residual = self.problem.gradient(self.z, self.rows, fresh)
-        if not fresh:
+        if not fresh and not self.problem.scale_is_bounded:
             # A certificate is worth something only with the scale of the very point, and a scale
             # from outside the domain is worth nothing.
             claimed = ((residual <= self.tol) | ~torch.isfinite(residual)).nonzero().squeeze(1)

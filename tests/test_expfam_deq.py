@@ -403,6 +403,18 @@ def test_scores_are_principal():
     assert (deq.components_[np.arange(4), largest] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_components_that_the_penalty_empties_are_zero(dtype):
+    X = (digits(300) > 7).astype(dtype)
+    X = X[:, X.std(axis=0) > 0]
+    deq = ExpFamilyDEQ(20, family="bernoulli", weight_decay=0.3, tol=1e-9, max_iter=1000)
+    spread = deq.fit_transform(X).std(axis=0)
+    alive = spread > 0
+    assert 2 < alive.sum() < 20
+    assert spread[alive].min() > 1e-8 * spread.max()
+    assert not alive[alive.sum() :].any()
+
+
 def test_exposure_takes_out_the_size_of_rows():
     rng = np.random.default_rng(0)
     X = sample("poisson", n=300, p=40)
