@@ -129,7 +129,7 @@ class LatentVariableEstimator(BaseEstimator):
             )
         moments = latent_covariance(model.latents, setting.sample_weight)
         self._store(X, setting, model, trace, moments)
-        self._exposure_profile, self._adam = profile, AdamState.zeros(p, k)
+        self._exposure_profile, self._adam = profile, None
         return setting, model
 
     def _options(self) -> FitOptions:
@@ -174,9 +174,9 @@ class LatentVariableEstimator(BaseEstimator):
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept = self._parameters(setting)
         parameters = torch.cat([loadings, intercept.unsqueeze(1)], dim=1)
-        optimiser = make_adam(
-            parameters, self.learning_rate / (1 + self._adam.step / 100) ** 0.5, self._adam
-        )
+        state = self._adam or AdamState.zeros(*loadings.shape)
+        rate = self.learning_rate / (1 + state.step / 100) ** 0.5
+        optimiser = make_adam(parameters, rate, state)
         solution, objective = solve_and_step(
             setting,
             parameters,

@@ -135,7 +135,7 @@ class ExpFamilyDEQ(
         The loadings W, in units of the prior of the latents.
     explained_deviance_ratio_ : ndarray of shape (n_components,)
         Share of the deviance of the intercept-only model that each component removes; for
-        Gaussian data PCA's explained variance ratio. With more than 4e6 entries estimated from
+        Gaussian data PCA's explained variance ratio. With more than 2e6 entries estimated from
         evenly spaced rows; after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective at each iteration, with all constants of the likelihood.

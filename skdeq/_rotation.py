@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # Entries up to which explained deviances use every row, and points of their quadrature.
-_DEVIANCE_ENTRIES = 4e6
+_DEVIANCE_ENTRIES = 2e6
 _NODES = 8
 
 
@@ -112,7 +112,7 @@ def explained_deviance(
     Returns
     -------
     Tensor of shape (k,), float64
-        Sums to one minus the residual deviance over the null deviance. With more than 4e6
+        Sums to one minus the residual deviance over the null deviance. With more than 2e6
         entries, estimated from evenly spaced rows.
     """
     family = setting.family

@@ -8,7 +8,7 @@ from skdeq._model import LatentModel, Setting
 __all__ = ["spectral_start"]
 
 _OVERSAMPLING = 8
-_POWER_ITERATIONS = 4
+_POWER_ITERATIONS = 3
 # Up to this size the decomposition is exact, and the seed does not matter.
 _EXACT_ENTRIES = 4e6
 _EXACT_FLOPS = 2e9
