@@ -1,9 +1,13 @@
 """Start of a fit: leading left singular vectors of the residuals of the intercept-only model."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from skdeq._chunks import map_chunks
 from skdeq._model import LatentModel, Setting
+from skdeq._observations import CompressedRows, Observations
 
 __all__ = ["spectral_start"]
 
@@ -12,14 +16,50 @@ _POWER_ITERATIONS = 3
 # Up to this size the decomposition is exact, and the seed does not matter.
 _EXACT_ENTRIES = 4e6
 _EXACT_FLOPS = 2e9
-# Residuals are divided by the standard deviation of their feature, as Pearson residuals are, but
-# no feature is taken to vary less than this share of the average: rare features would otherwise
-# fill the leading directions with single entries.
+# Pearson residuals are divided by the standard deviation of their feature, but no feature is
+# taken to vary less than this share of the average: rare features would otherwise fill the
+# leading directions with single entries.
 _LEAST_SHARE = 0.1
+# Residuals on the scale of the link: features are weighted by their variance, as the likelihood
+# does, but by no more than this times the median variance, lest a few features of enormous
+# counts decide.
+_MOST_OF_MEDIAN = 3.0
+
+
+def _on_link_scale(setting: Setting, mean: Tensor, exposure: Tensor) -> Observations:
+    """Change of the canonical parameter that each entry asks for, half way to the mean.
+
+    ``link((x + mu) / 2) - link(mu / 2)`` is linear in x for x near the mean mu, zero for x = 0,
+    and grows like log x, where Pearson residuals of counts that range over decades would be
+    nothing but the largest of them.
+    """
+    family, observations = setting.family, setting.observations
+    values = observations.values
+    if isinstance(values, CompressedRows):
+        rows = torch.repeat_interleave(
+            torch.arange(len(exposure), device=exposure.device), values.indptr.diff()
+        )
+        expected = exposure[rows] * mean[values.indices]
+        moved = family.link((values.values + expected) / 2) - family.link(expected / 2)
+        moved = torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0)
+        return replace(observations, values=replace(values, values=moved))
+
+    def work(low: int, high: int) -> Tensor:
+        expected = exposure[low:high].unsqueeze(1) * mean
+        moved = family.link((values[low:high] + expected) / 2) - family.link(expected / 2)
+        return torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0)
+
+    size = max(1, 2**20 // values.shape[1])
+    parts = map_chunks(work, len(values), size, values.device)
+    return replace(observations, values=torch.cat(parts))
 
 
 def spectral_start(
-    setting: Setting, intercept: Tensor, n_components: int, generator: torch.Generator
+    setting: Setting,
+    intercept: Tensor,
+    n_components: int,
+    generator: torch.Generator,
+    on_link_scale: bool = False,
 ) -> LatentModel:
     """Latents with unit second moments from an SVD; loadings are still zero.
 
@@ -34,40 +74,51 @@ def spectral_start(
     n_components : int
     generator : torch.Generator
         Draws the test matrix (p, k + 8), on the CPU.
+    on_link_scale : bool
+        Whether the residuals are those of :func:`_on_link_scale` rather than Pearson's.
 
     Returns
     -------
     LatentModel
     """
-    observations, family = setting.observations, setting.family
-    n, p = observations.shape
-    dtype, device = observations.dtype, observations.device
+    family = setting.family
+    n, p = setting.observations.shape
+    dtype, device = setting.observations.dtype, setting.observations.device
     mean = family.mean(intercept)
     variance = family.variance(intercept)
-    scale = variance.clamp_min(_LEAST_SHARE * float(variance.mean()) + 1e-30).rsqrt()
-    exposure = torch.ones(n, dtype=dtype, device=device)
-    if setting.row_offset is not None:
-        exposure = setting.row_offset.exp()
-    root = exposure.rsqrt()
-    weight = setting.sample_weight
-    weight = torch.ones_like(root) if weight is None else weight
+    ones = torch.ones(n, dtype=dtype, device=device)
+    exposure = ones if setting.row_offset is None else setting.row_offset.exp()
+    weight = ones if setting.sample_weight is None else setting.sample_weight
+    if not on_link_scale:
+        observations, centre, profile = setting.observations, mean, exposure
+        least = _LEAST_SHARE * float(variance.mean()) + 1e-30
+        scale, root = variance.clamp_min(least).rsqrt(), exposure.rsqrt()
+    else:
+        observations = _on_link_scale(setting, mean, exposure)
+        counts = weight.sum().expand(p)
+        if observations.missing is not None:
+            counts = counts - observations.T.missing_product(weight.unsqueeze(1)).squeeze(1)
+        centre = (observations.T @ weight.unsqueeze(1)).squeeze(1) / counts
+        profile = ones
+        scale = variance.clamp_max(_MOST_OF_MEDIAN * float(variance.median())).sqrt()
+        root = exposure.sqrt()
 
     def residuals(matrix: Tensor) -> Tensor:
         scaled = matrix * scale.unsqueeze(1)
-        expected = (mean @ scaled).expand(n, -1)
+        expected = (centre @ scaled).expand(n, -1)
         if observations.missing is not None:
-            expected = expected - observations.missing_product(mean.unsqueeze(1) * scaled)
-        return root.unsqueeze(1) * (observations @ scaled - exposure.unsqueeze(1) * expected)
+            expected = expected - observations.missing_product(centre.unsqueeze(1) * scaled)
+        return root.unsqueeze(1) * (observations @ scaled - profile.unsqueeze(1) * expected)
 
     transposed = observations.T
 
     def adjoint(matrix: Tensor) -> Tensor:
         scaled = matrix * (root * weight).unsqueeze(1)
-        weighted = scaled * exposure.unsqueeze(1)
+        weighted = scaled * profile.unsqueeze(1)
         expected = weighted.sum(0).expand(p, -1)
         if observations.missing is not None:
             expected = expected - transposed.missing_product(weighted)
-        return scale.unsqueeze(1) * (transposed @ scaled - mean.unsqueeze(1) * expected)
+        return scale.unsqueeze(1) * (transposed @ scaled - centre.unsqueeze(1) * expected)
 
     if n * p <= _EXACT_ENTRIES and n * p * p <= _EXACT_FLOPS:
         basis = torch.eye(p, dtype=dtype, device=device)
@@ -84,8 +135,8 @@ def spectral_start(
     gram = (left * weight.unsqueeze(1)).T @ left
     _, vectors = torch.linalg.eigh(gram.double())
     leading = vectors.flip(1)[:, :n_components].to(dtype)
-    # Undo the row scaling only: dividing by the exposure once more gives the latents themselves.
-    latents = (left @ leading) * root.unsqueeze(1)
+    # Both scalings of the rows stand for a weight of root of the exposure.
+    latents = (left @ leading) * exposure.rsqrt().unsqueeze(1)
     moment = (latents.square() * weight.unsqueeze(1)).double().sum(0) / setting.total_weight
     # A direction without any variance is left at zero rather than blown up to unit size.
     largest = float(moment.max())

