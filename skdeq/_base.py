@@ -159,9 +159,22 @@ def _outside(values: np.ndarray, family: Family) -> np.ndarray:
     return (~inside & ~torch.isnan(tensor)).numpy()
 
 
+def _suspicious(X: np.ndarray, family: Family) -> list[int]:
+    """Return the starts of chunks whose extremes are outside the support, or NaN."""
+
+    def work(start: int, stop: int) -> int | None:
+        ends = np.array([X[start:stop].min(), X[start:stop].max()], dtype=np.float64)
+        inside = np.isfinite(ends).all() and family.support.contains(torch.from_numpy(ends)).all()
+        return None if inside else start
+
+    rows = max(1, _CHUNK_ENTRIES // X.shape[1])
+    starts = map_chunks(work, len(X), rows, torch.device("cpu"))
+    return [start for start in starts if start is not None]
+
+
 def _first_outside(X: np.ndarray, family: Family) -> tuple[int, int, float] | None:
     rows = max(1, _CHUNK_ENTRIES // X.shape[1])
-    for start in range(0, len(X), rows):
+    for start in _suspicious(X, family):
         outside = _outside(X[start : start + rows], family)
         if outside.any():
             row, column = np.argwhere(outside)[0]
