@@ -102,18 +102,18 @@ studies = {
 }
 
 # %%
-# Five random splits, the search inside the training part
+# Four random splits, the search inside the training part
 # -------------------------------------------------------
 # Labels are scarce, 300 of 1,797 digits and 89 of 178 wines, because that is when a representation
 # matters. Everything that is fitted or chosen sees the training rows alone. The differences to
 # PCA are taken split by split, which removes what the splits have in common. The standard errors
-# are those of a mean of five; the splits share rows, so read them as a rough guide.
+# are those of a mean of four; the splits share rows, so read them as a rough guide.
 
 scores = defaultdict(dict)
 header = f"{'data set':40s} {'method':17s} {'accuracy':>14s} {'minus PCA':>17s} {'seconds':>8s}"
 print(header, "-" * len(header), sep="\n")
 for study, (X, y, n_train, n_components, methods) in studies.items():
-    splits = StratifiedShuffleSplit(5, train_size=n_train, random_state=0)
+    splits = StratifiedShuffleSplit(4, train_size=n_train, random_state=0)
     for method, (prepare, reduce) in methods.items():
         start = time.perf_counter()
         accuracy = []
@@ -184,7 +184,7 @@ ax.set_ylim(len(scores) - 0.5, -0.5)
 ax.tick_params(axis="y", length=0)
 ax.grid(axis="x", color="#dddddd", lw=0.6)
 ax.set_axisbelow(True)
-ax.set_xlabel("test accuracy, mean and standard error of 5 splits")
+ax.set_xlabel("test accuracy, mean and standard error of 4 splits")
 ax.set_title("One pipeline, the reduction exchanged")
 fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=6, frameon=False)
 
