@@ -154,7 +154,7 @@ def _check_size(X, family: Family) -> None:
 
 
 def _outside(values: np.ndarray, family: Family) -> np.ndarray:
-    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    tensor = to_tensor(values)
     inside = family.support.contains(tensor) & torch.isfinite(tensor)
     return (~inside & ~torch.isnan(tensor)).numpy()
 
@@ -254,7 +254,6 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
         if _missing_per_column(X).any():
             missing = torch.isnan(values)
             values = torch.where(missing, 0.0, family.sufficient(values))
-            values[missing] = 0.0
         else:
             values = family.sufficient(values)
         return Observations(values, missing=missing)

@@ -140,7 +140,8 @@ class ExpFamilyDEQ(
     loss_curve_ : list of float
         Mean objective at each iteration, with all constants of the likelihood.
     n_iter_ : int
-        Iterations run.
+        Iterations run. Where the variance has no bound (Poisson, negative binomial, gamma) two
+        starts are first compared by four iterations each, which are not counted.
     converged_ : bool
         Whether `tol` was met within `max_iter` iterations. Of single rows `map_latents` tells.
     n_features_in_ : int

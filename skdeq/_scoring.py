@@ -90,6 +90,17 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     return apply
 
 
+def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply ``step(part, point, rows, where)`` to each chunk; return points and objectives."""
+
+    def work(low: int, high: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(high - low, device=start.device)
+        return step(problem.chunk(low, high), start[low:high], rows, slice(low, high))
+
+    parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
+    return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+
+
 @dataclass
 class Scoring:
     """Fit of the loadings, intercept and latents by alternating Fisher scoring.
@@ -207,24 +218,17 @@ class Scoring:
         """One Newton step in every row; also the objectives at the start."""
         tol = 8 * torch.finfo(start.dtype).eps
 
-        def work(low: int, high: int) -> tuple[Tensor, Tensor]:
-            part = problem.chunk(low, high)
-            rows = torch.arange(high - low, device=start.device)
-            point, objective, _ = newton_step(part, start[low:high], rows, tol)
-            return point, objective
+        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
+            return newton_step(part, point, rows, tol)[:2]
 
-        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
-        return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+        return _over_chunks(step, problem, start)
 
     def _majorised_half(
         self, problem: MapProblem, start: Tensor, side: str
     ) -> tuple[Tensor, Tensor]:
         """One step with one curvature for all rows; with all of its bound, none can fail."""
 
-        def work(low: int, high: int) -> tuple[Tensor, Tensor]:
-            part = problem.chunk(low, high)
-            rows = torch.arange(high - low, device=start.device)
-            point = start[low:high]
+        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
             if side == "columns":
                 # The objective is known from the other half, and the logarithms are dear.
                 objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)
@@ -232,8 +236,7 @@ class Scoring:
                 objective, gradient = part.value_and_gradient(point, rows)
             return point + part.step(gradient, rows), objective
 
-        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
-        return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+        return _over_chunks(step, problem, start)
 
     def _shared_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
         """One step with a shared curvature; each row remembers the length that served it."""
@@ -246,18 +249,14 @@ class Scoring:
     ) -> tuple[Tensor, Tensor]:
         """One step with a shared curvature and a line search; ``lengths`` are updated."""
 
-        def work(low: int, high: int) -> tuple[Tensor, Tensor]:
-            part = problem.chunk(low, high)
-            rows = torch.arange(high - low, device=start.device)
-            point = start[low:high]
+        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
             objective, gradient = part.value_and_gradient(point, rows)
-            step = -part.step(gradient, rows)
-            first = (_GROWTH * lengths[low:high]).clamp_max(1.0)
+            direction = -part.step(gradient, rows)
+            first = (_GROWTH * lengths[where]).clamp_max(1.0)
             pending = torch.ones_like(rows, dtype=torch.bool)
-            point, lengths[low:high] = backtrack(
-                part, point, step, gradient, objective, rows, pending, first
+            point, lengths[where] = backtrack(
+                part, point, direction, gradient, objective, rows, pending, first
             )
             return point, objective
 
-        parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
-        return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+        return _over_chunks(step, problem, start)
