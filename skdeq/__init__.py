@@ -1,6 +1,7 @@
 """Latent-variable models for scikit-learn users, backed by torch on CPU and CUDA."""
 
 from skdeq._expfam_deq import ExpFamilyDEQ
+from skdeq._implicit_em import ImplicitEMEncoder
 from skdeq._version import __version__
 
-__all__ = ["ExpFamilyDEQ", "__version__"]
+__all__ = ["ExpFamilyDEQ", "ImplicitEMEncoder", "__version__"]

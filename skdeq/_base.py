@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import scipy.sparse as sp
 import torch
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
@@ -17,12 +18,15 @@ from skdeq._version import __version__
 __all__ = [
     "Versioned",
     "check_observations",
+    "check_rows",
     "exposure_offset",
     "log_base_rows",
     "resolve_device",
     "rows_of",
+    "seeded_generator",
     "to_numpy",
     "to_observations",
+    "to_rows",
     "to_tensor",
     "unchanged_on_error",
 ]
@@ -133,6 +137,54 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
                 f"rows is NaN ({len(empty)} such columns in all); drop such columns before "
                 f"{type(estimator).__name__}.fit."
             )
+    return X
+
+
+# Types that need no copy as floats: batches of them are converted as they are used.
+_ROW_TYPES = (np.float64, np.float32, np.uint8, np.int8, np.int16, np.bool_)
+
+
+def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
+    """Validate rows of finite real numbers against scikit-learn's rules.
+
+    Returns
+    -------
+    ndarray or CSR array of shape (n, p)
+        Floats, small integers or booleans as they came, all else as float64.
+
+    Raises
+    ------
+    ValueError
+        If an entry is not finite, naming row and column, or there are too few rows.
+    """
+    X = validate_data(
+        estimator,
+        X,
+        reset=reset,
+        accept_sparse="csr",
+        dtype=list(_ROW_TYPES),
+        order="C",
+        ensure_all_finite=False,
+        ensure_min_samples=min_rows,
+    )
+    if sp.issparse(X) and not X.has_canonical_format:
+        X = X.copy()
+        X.sum_duplicates()
+    values = X.data if sp.issparse(X) else X
+    if values.dtype.kind != "f":
+        return X
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(values.sum())
+    if suspicious and not np.isfinite(values).all():
+        place = np.argwhere(~np.isfinite(values))[0]
+        value = values[tuple(place)]
+        if sp.issparse(X):
+            place = (np.searchsorted(X.indptr, place[0], side="right") - 1, X.indices[place[0]])
+        raise ValueError(
+            f"Input X contains {'NaN' if np.isnan(value) else 'infinity'}: row {place[0]}, column "
+            f"{place[1]} of X is {value}. {type(estimator).__name__} accepts finite numbers only; "
+            "sklearn.impute has estimators that fill in missing values."
+        )
     return X
 
 
@@ -267,6 +319,20 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
         indptr = np.concatenate([[0], np.cumsum(counts)])
         missing = _compressed(indptr, X.indices[gaps], None, X.shape, device)
     return Observations(_compressed(X.indptr, X.indices, data, X.shape, device), missing)
+
+
+def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
+    """Turn validated rows into tensors of their own type, without a copy on the CPU."""
+    if sp.issparse(X):
+        data = X.data.view(np.uint8) if X.dtype == bool else X.data
+        return _compressed(X.indptr, X.indices, data, X.shape, device)
+    return to_tensor(X.view(np.uint8) if X.dtype == bool else X, device)
+
+
+def seeded_generator(random_state) -> torch.Generator:
+    """Return a generator of our own, so that no global state is read or written."""
+    seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def rows_of(X, index: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from skdeq._base import (
@@ -16,6 +15,7 @@ from skdeq._base import (
     log_base_rows,
     resolve_device,
     rows_of,
+    seeded_generator,
     to_numpy,
     to_observations,
     to_tensor,
@@ -96,11 +96,6 @@ class LatentVariableEstimator(BaseEstimator):
         logs = torch.from_numpy(log_base_rows(X, family))
         return X, replace(setting, log_base=setting.weighted_sum(logs)), profile
 
-    def _generator(self) -> torch.Generator:
-        # A generator of its own, so that neither global state is read or written.
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        return torch.Generator().manual_seed(int(seed))
-
     def _fit(self, X, sample_weight):
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
@@ -110,7 +105,7 @@ class LatentVariableEstimator(BaseEstimator):
                 f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} "
                 f"(n_samples={n}, n_features={p})."
             )
-        generator = self._generator()
+        generator = seeded_generator(self.random_state)
         previous = None
         if self.warm_start and getattr(self, "loadings_", np.empty(0)).shape == (p, k):
             previous = self._parameters(setting)

@@ -1,6 +1,5 @@
 """The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
 
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Setting, null_model
+from skdeq._progress import reporter
 from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance
 from skdeq._spectral import spectral_start
@@ -56,21 +56,6 @@ class Trace:
     converged: bool = False
 
 
-def _reporter(verbose: int):
-    if not verbose:
-        return None
-    begin = time.perf_counter()
-
-    def report(iteration: int, objective: float) -> None:
-        seconds = time.perf_counter() - begin
-        print(
-            f"[ExpFamilyDEQ] iteration {iteration:4d}  objective {objective:.8g}  {seconds:.1f} s",
-            flush=True,
-        )
-
-    return report
-
-
 def _start(
     setting: Setting,
     options: FitOptions,
@@ -107,7 +92,12 @@ def fit_full_batch(
 ) -> tuple[LatentModel, Trace]:
     """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
     model, trace = _start(setting, options, generator, previous)
-    scoring = Scoring(setting, options.max_iter, options.tol, _reporter(options.verbose))
+    scoring = Scoring(
+        setting,
+        options.max_iter,
+        options.tol,
+        reporter("ExpFamilyDEQ", "iteration", options.verbose),
+    )
     model = scoring.run(model, trace.null_objective)
     trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
     trace.converged = scoring.converged
@@ -142,7 +132,7 @@ def fit_minibatches(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, options.max_iter * max(1, n // size)
     )
-    report = _reporter(options.verbose)
+    report = reporter("ExpFamilyDEQ", "epoch", options.verbose)
     solved = solve_latents(setting, model.loadings, model.intercept, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
     best = (objective, LatentModel(model.loadings, model.intercept, solved.value))

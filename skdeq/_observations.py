@@ -65,6 +65,17 @@ class CompressedRows:
         values = None if self.values is None else self.values[places]
         return CompressedRows(indptr, self.indices[places], values, (len(index), self.shape[1]))
 
+    def to_dense(self, out: Tensor | None = None) -> Tensor:
+        """Dense matrix, written to ``out`` if given; entries that occur once each."""
+        if out is None:
+            out = self.values.new_empty(self.shape)
+        rows = torch.repeat_interleave(
+            torch.arange(self.shape[0], device=out.device), self.indptr.diff()
+        )
+        out.zero_()
+        out[rows, self.indices] = self.values.to(out.dtype)
+        return out
+
     def places(self, start: int, stop: int) -> Tensor:
         """Return the stored places of the rows ``start:stop`` as a boolean matrix."""
         part = self.indptr[start : stop + 1]

@@ -4,12 +4,16 @@ import pytest
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skdeq import ExpFamilyDEQ
+from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
 
 ESTIMATORS = [
     ExpFamilyDEQ(),
     ExpFamilyDEQ(family="poisson"),
     ExpFamilyDEQ(family="poisson", exposure="total", whiten=True),
+    ImplicitEMEncoder(),
+    ImplicitEMEncoder(
+        8, activation="softplus", solver="adam", learning_rate=0.001, output="responsibilities"
+    ),
 ]
 
 
@@ -33,6 +37,6 @@ def test_scikit_learn_checks(estimator, check):
         "check_set_output_transform_polars",
     ],
 )
-@pytest.mark.parametrize("estimator", ESTIMATORS[:2], ids=["gaussian", "poisson"])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS[:2], ESTIMATORS[3]])
 def test_checks_left_out(estimator, check):
-    getattr(estimator_checks, check)("ExpFamilyDEQ", estimator)
+    getattr(estimator_checks, check)(type(estimator).__name__, estimator)

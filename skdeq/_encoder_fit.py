@@ -1,0 +1,271 @@
+"""Training of the implicit-EM encoder: epochs of minibatches with closed-form gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skdeq._chunks import map_chunks
+from skdeq._observations import CompressedRows
+from skdeq._precondition import RowBatches
+from skdeq._progress import reporter
+from skdeq.objectives import Activation, BatchObjective, ObjectiveWeights, weight_redundancy
+
+__all__ = [
+    "DEAD_VARIANCE",
+    "OPTIMISERS",
+    "EncoderOptions",
+    "EncoderTrace",
+    "EncoderTrainer",
+    "encode",
+    "start_weights",
+]
+
+# A component whose distance varies less than this over the rows is dead, as the paper counts them.
+DEAD_VARIANCE = 0.01
+# Entries of the first weights: distances then start with a standard deviation of 0.2.
+_START = 0.035
+# Entries of the rows that are encoded at a time.
+_CHUNK_ENTRIES = 2**22
+# Epochs in a row without progress that end a fit.
+_PATIENCE = 5
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Options of a fit, as the estimator documents them."""
+
+    activation: Activation
+    weights: ObjectiveWeights
+    solver: str
+    learning_rate: float
+    momentum: float
+    batch_size: int
+    max_iter: int
+    tol: float
+    revive_dead: bool
+    verbose: int
+
+
+@dataclass
+class EncoderTrace:
+    """What a fit leaves behind beside the weights."""
+
+    loss_curve: list[float] = field(default_factory=list)
+    n_iter: int = 0
+    diverged: bool = False
+
+
+def start_weights(n_components: int, p: int, generator: torch.Generator) -> Tensor:
+    """Uniform weights (K, p + 1) for preconditioned rows, float64."""
+    uniform = torch.rand(n_components, p + 1, generator=generator, dtype=torch.float64)
+    return _START * (2 * uniform - 1)
+
+
+OPTIMISERS: dict[str, Callable[[Tensor, EncoderOptions], torch.optim.Optimizer]] = {
+    "sgd": lambda weights, options: torch.optim.SGD(
+        [weights], lr=options.learning_rate, momentum=options.momentum, fused=True
+    ),
+    "adam": lambda weights, options: torch.optim.Adam(
+        [weights], lr=options.learning_rate, fused=True
+    ),
+}
+# What each keeps from step to step.
+_STATES = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
+
+
+class EncoderTrainer:
+    """Weights in training, with the buffers and the state of the solver.
+
+    Parameters
+    ----------
+    weights : Tensor of shape (K, p + 1)
+        Where to start; trained in place.
+    options : EncoderOptions
+    """
+
+    def __init__(self, weights: Tensor, options: EncoderOptions):
+        self.weights, self.options = weights, options
+        self.optimiser = OPTIMISERS[options.solver](weights, options)
+        # A plain step needs no gradient of its own: the product that would form it moves the
+        # weights.
+        self._plain = (
+            options.solver == "sgd"
+            and options.momentum == 0
+            and options.weights.weight_redundancy == 0
+        )
+        self._slope = None if self._plain else torch.empty_like(weights)
+        self._buffers: dict[int, tuple[Tensor, Tensor, BatchObjective]] = {}
+        # Sums over the batches of an epoch: the terms of the objective, without their weights.
+        self._terms = weights.new_zeros(4)
+        self._batch_terms, self._redundancy = self._terms[:3], self._terms[3]
+        self.variance = weights.new_zeros(len(weights))
+
+    def _buffers_for(self, m: int) -> tuple[Tensor, Tensor, BatchObjective]:
+        if m not in self._buffers:
+            k = len(self.weights)
+            self._buffers[m] = (
+                self.weights.new_empty(m, k),
+                self.weights.new_empty(m, k),
+                BatchObjective(self.options.weights, m, k, self.weights),
+            )
+        return self._buffers[m]
+
+    def step(
+        self,
+        rows: RowBatches,
+        index: Tensor,
+        sample_weight: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Take one step along the gradient of a batch.
+
+        Parameters
+        ----------
+        rows : RowBatches
+        index : Tensor of shape (m,)
+            Rows of the batch.
+        sample_weight : Tensor of shape (m,), optional
+            Their weights.
+        share : Tensor, a scalar, optional
+            Weight of the batch relative to the mean batch.
+        """
+        weights, options = self.weights, self.options
+        preactivation, distance, objective = self._buffers_for(len(index))
+        batch = rows.gather(index)
+        rows.project(batch, weights, preactivation)
+        options.activation.value_into(preactivation, distance)
+        gradient = objective(distance, sample_weight)
+        options.activation.multiply_derivative_(gradient, preactivation, distance)
+        self._batch_terms += objective.terms if share is None else objective.terms * share
+        if options.revive_dead:
+            self.variance += objective.variance
+        if share is not None:
+            gradient *= share
+        if self._plain:
+            rows.pull_back_(gradient, batch, weights, beta=1, alpha=-options.learning_rate)
+            return
+        rows.pull_back_(gradient, batch, self._slope, beta=0, alpha=1)
+        if options.weights.weight_redundancy:
+            value, slope = weight_redundancy(weights[:, :-1])
+            self._redundancy += value
+            self._slope[:, :-1].add_(slope, alpha=options.weights.weight_redundancy)
+        weights.grad = self._slope
+        self.optimiser.step()
+
+    def epoch(self, rows: RowBatches, sample_weight: Tensor | None, order: Tensor) -> float:
+        """Go once through the rows in the order given; return the mean loss of the batches."""
+        count = -(-len(order) // self.options.batch_size)
+        mean_weight = None if sample_weight is None else sample_weight.sum() / count
+        self._terms.zero_()
+        self.variance.zero_()
+        # Batches of equal size, give or take a row: a short last one would be a noisy one.
+        for index in order.tensor_split(count):
+            if sample_weight is None:
+                self.step(rows, index)
+            else:
+                weight = sample_weight[index]
+                self.step(rows, index, weight, weight.sum() / mean_weight)
+        self.variance /= count
+        return float(self._terms.double() @ self.options.weights.vector) / count
+
+    def fit(
+        self, rows: RowBatches, sample_weight: Tensor | None, generator: torch.Generator
+    ) -> EncoderTrace:
+        """Train for at most `max_iter` epochs, until the loss stops falling or is lost."""
+        options, trace = self.options, EncoderTrace()
+        report = reporter("ImplicitEMEncoder", "epoch", options.verbose)
+        best, quiet = torch.inf, 0
+        for _ in range(options.max_iter):
+            order = torch.randperm(rows.n_rows, generator=generator).to(rows.device)
+            self._safe_epoch(rows, sample_weight, order, trace)
+            if trace.diverged:
+                break
+            loss = trace.loss_curve[-1]
+            if report is not None:
+                report(trace.n_iter, loss)
+            # The objective may pass through zero, where its change has no scale.
+            progress = best - loss > options.tol * max(abs(loss), 1.0)
+            best, quiet = min(best, loss), 0 if progress else quiet + 1
+            if quiet >= _PATIENCE:
+                break
+            if options.revive_dead and trace.n_iter < options.max_iter:
+                self.revive(rows.p, generator)
+        return trace
+
+    def fit_once(
+        self, rows: RowBatches, sample_weight: Tensor | None, trace: EncoderTrace
+    ) -> EncoderTrace:
+        """Go on from `trace` by one pass over the rows as they come."""
+        order = torch.arange(rows.n_rows, device=rows.device)
+        self._safe_epoch(rows, sample_weight, order, trace)
+        return trace
+
+    def _safe_epoch(
+        self, rows: RowBatches, sample_weight: Tensor | None, order: Tensor, trace: EncoderTrace
+    ) -> None:
+        """Run an epoch and write it down, or undo it if it left the finite numbers."""
+        before = self.weights.clone()
+        loss = self.epoch(rows, sample_weight, order)
+        if np.isfinite(loss) and bool(torch.isfinite(self.weights).all()):
+            trace.loss_curve.append(loss)
+            trace.n_iter += 1
+            return
+        self.weights.copy_(before)
+        self.optimiser.state.clear()
+        trace.diverged = True
+
+    def revive(self, p: int, generator: torch.Generator) -> None:
+        """Give the components that were dead in the last epoch new weights, at random."""
+        dead = (self.variance < DEAD_VARIANCE).nonzero().squeeze(1)
+        if not len(dead):
+            return
+        self.weights[dead] = start_weights(len(dead), p, generator).to(self.weights)
+        for value in self.optimiser.state[self.weights].values():
+            if value is not None and value.shape == self.weights.shape:
+                value[dead] = 0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """State of the optimiser to go on from, as numpy arrays."""
+        state = self.optimiser.state[self.weights]
+        return {name: one.cpu().numpy() for name, one in state.items() if one is not None}
+
+    def load_state(self, state: dict[str, np.ndarray] | None) -> None:
+        """Take over a state, unless it is that of another optimiser."""
+        if state and set(state) == _STATES[self.options.solver]:
+            self.optimiser.state[self.weights] = {
+                name: torch.from_numpy(one.copy()).to(self.weights) for name, one in state.items()
+            }
+
+
+def encode(
+    rows: Tensor | CompressedRows, components: Tensor, intercept: Tensor, activation: Activation
+) -> Tensor:
+    """Distances (n, K) of rows as they came, in their own float type or float32.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (n, p), of any real type, or CompressedRows
+    components : Tensor of shape (K, p)
+    intercept : Tensor of shape (K,)
+    activation : Activation
+
+    Returns
+    -------
+    Tensor of shape (n, K)
+    """
+    stored = rows.values if isinstance(rows, CompressedRows) else rows
+    dtype = stored.dtype if stored.is_floating_point() else torch.float32
+    weights = components.to(stored.device, dtype).T.contiguous()
+    bias = intercept.to(stored.device, dtype)
+    if isinstance(rows, CompressedRows):
+        matrix = CompressedRows(rows.indptr, rows.indices, stored.to(dtype), rows.shape).matrix
+        return activation.value(matrix @ weights + bias)
+    n, p = rows.shape
+
+    def work(start: int, stop: int) -> Tensor:
+        return activation.value(torch.addmm(bias, rows[start:stop].to(dtype), weights))
+
+    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), stored.device))

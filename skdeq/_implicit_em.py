@@ -1,0 +1,544 @@
+"""ImplicitEMEncoder: sparse features from one linear layer, without a decoder."""
+
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    _fit_context,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
+
+from skdeq._base import (
+    Versioned,
+    check_rows,
+    resolve_device,
+    seeded_generator,
+    to_numpy,
+    to_rows,
+    to_tensor,
+    unchanged_on_error,
+)
+from skdeq._encoder_fit import (
+    DEAD_VARIANCE,
+    OPTIMISERS,
+    EncoderOptions,
+    EncoderTrace,
+    EncoderTrainer,
+    encode,
+    start_weights,
+)
+from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
+from skdeq.objectives import (
+    ACTIVATIONS,
+    Activation,
+    BatchObjective,
+    ObjectiveWeights,
+    PairActivation,
+    responsibilities,
+    weight_redundancy,
+)
+
+__all__ = ["ImplicitEMEncoder"]
+
+
+class ImplicitEMEncoder(
+    Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
+    r"""Sparse features without a decoder: one linear layer trained by implicit EM.
+
+    Each component measures a distance ``d_j = phi(w_j^T x + b_j)`` of a row, low where it
+    matches. Training minimises, over minibatches,
+
+    .. math:: \lambda_{lse} \, \overline{-\log \sum_j e^{-d_j}}
+              - \lambda_{var} \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
+              + \lambda_{dec} \sum_{i \neq j} \mathrm{Corr}(d)_{ij}^2 .
+
+    The gradient of the first term in a distance is exactly the component's responsibility
+    ``softmax(-d)_j`` for the row, so that gradient descent performs expectation-maximisation
+    implicitly; the second term keeps every component alive and the third keeps them distinct
+    [1]_ (Equation 7). Features are sparse, interpretable as what a component claims, and cost
+    half the parameters of a sparse autoencoder.
+
+    Read more in the :ref:`User Guide <implicit_em>`.
+
+    Parameters
+    ----------
+    n_components : int, default=64
+        Number of components K; it may exceed the number of features.
+
+    activation : {"relu", "softplus", "identity", "abs"} or pair of callables, default="relu"
+        phi, elementwise. "abs" is a Mahalanobis distance along one direction. A pair is the
+        function and its derivative, both of a tensor.
+
+    lse_weight : float, default=128.0
+        Weight of the log-sum-exp term, a mean over rows. The published runs sum it over batches
+        of 128 rows: the same balance.
+
+    variance_weight : float, default=1.0
+        Weight of the variance term. With 0 all components die.
+
+    decorrelation_weight : float, default=1.0
+        Weight of the decorrelation term. With 0 all components become alike.
+
+    weight_redundancy : float, default=0.0
+        Weight of a penalty on the squared cosines between the rows of `components_`.
+
+    solver : {"sgd", "adam"}, default="sgd"
+        Optimiser of the minibatches, with a constant step.
+
+    learning_rate : float, default=0.01
+        Step size, for rows of any scale: see Notes. For "adam" 0.001 is a good value.
+
+    momentum : float, default=0.0
+        Momentum of "sgd", in [0, 1).
+
+    batch_size : int, default=128
+        Rows of a minibatch at most. Variances and correlations are those of a minibatch, so it
+        should exceed `n_components`.
+
+    max_iter : int, default=20
+        Epochs, a budget and no promise of convergence: features are usually good long before
+        the objective is at rest.
+
+    tol : float, default=1e-4
+        Stop once five epochs in a row have not lowered the objective by this share of its
+        magnitude.
+
+    revive_dead : bool, default=False
+        Whether components that hardly vary in an epoch get new random weights before the next.
+        The objective stays the published one; the trajectory does not.
+
+    output : {"activations", "responsibilities"}, default="activations"
+        What `transform` returns: the distances d, or ``softmax(-d)``, whose rows sum to one.
+
+    warm_start : bool, default=False
+        Whether `fit` starts from the weights of the last fit, if their shapes agree.
+
+    device : str or torch.device, default="auto"
+        "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one. Fitted attributes are
+        numpy arrays in any case.
+
+    random_state : int, RandomState instance or None, default=None
+        Seed of the first weights and of the minibatches.
+
+    verbose : int, default=0
+        1 prints a line for each epoch.
+
+    Attributes
+    ----------
+    components_ : ndarray of shape (n_components, n_features)
+        Weights w, for rows as they come.
+    intercept_ : ndarray of shape (n_components,)
+        Biases b.
+    loss_curve_ : list of float
+        Mean objective of the minibatches of each epoch.
+    n_iter_ : int
+        Epochs run.
+    dead_components_ : ndarray of shape (n_dead,)
+        Indices of components whose distance has a variance under 0.01 over the training rows
+        (after `partial_fit`, over those of the last call).
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X has string names.
+
+    See Also
+    --------
+    ExpFamilyDEQ : Latents of an exponential-family model.
+    sklearn.decomposition.MiniBatchDictionaryLearning : Sparse codes with a decoder.
+
+    Notes
+    -----
+    Training sees rows that are centred by feature and divided by one number, so that their mean
+    squared norm is 100 whatever the units of X; location and scale are folded back into
+    `components_` and `intercept_`. Features of very different units still want a
+    :class:`~sklearn.preprocessing.StandardScaler` first, as they do for PCA.
+
+    Boolean, 8 and 16 bit integer rows are trained in float32 batch by batch, without a copy of
+    the matrix as floats; other integers in float64.
+
+    References
+    ----------
+    .. [1] A. Oursland (2026). Deriving Decoder-Free Sparse Autoencoders from First Principles.
+       arXiv:2601.06478.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from skdeq import ImplicitEMEncoder
+    >>> X, _ = load_digits(return_X_y=True)
+    >>> encoder = ImplicitEMEncoder(32, random_state=0).fit(X)
+    >>> encoder.transform(X).shape
+    (1797, 32)
+    >>> encoder.responsibilities(X)[0].sum().round(6)
+    1.0
+    """
+
+    _parameter_constraints = {
+        "n_components": [Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS)), Activation, tuple],
+        "lse_weight": [Interval(Real, 0, None, closed="left")],
+        "variance_weight": [Interval(Real, 0, None, closed="left")],
+        "decorrelation_weight": [Interval(Real, 0, None, closed="left")],
+        "weight_redundancy": [Interval(Real, 0, None, closed="left")],
+        "solver": [StrOptions(set(OPTIMISERS))],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "momentum": [Interval(Real, 0, 1, closed="left")],
+        "batch_size": [Interval(Integral, 2, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "revive_dead": ["boolean"],
+        "output": [StrOptions({"activations", "responsibilities"})],
+        "warm_start": ["boolean"],
+        "device": [str, torch.device],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    _doc_link_module = "skdeq"
+    _doc_link_template = (
+        "https://skdeq.github.io/skdeq/generated/{estimator_module}.{estimator_name}.html"
+    )
+
+    def __init__(
+        self,
+        n_components=64,
+        *,
+        activation="relu",
+        lse_weight=128.0,
+        variance_weight=1.0,
+        decorrelation_weight=1.0,
+        weight_redundancy=0.0,
+        solver="sgd",
+        learning_rate=0.01,
+        momentum=0.0,
+        batch_size=128,
+        max_iter=20,
+        tol=1e-4,
+        revive_dead=False,
+        output="activations",
+        warm_start=False,
+        device="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.n_components = n_components
+        self.activation = activation
+        self.lse_weight = lse_weight
+        self.variance_weight = variance_weight
+        self.decorrelation_weight = decorrelation_weight
+        self.weight_redundancy = weight_redundancy
+        self.solver = solver
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.tol = tol
+        self.revive_dead = revive_dead
+        self.output = output
+        self.warm_start = warm_start
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None, sample_weight=None):
+        """Train weights and biases.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows; at least two.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights. Up to `batch_size` rows, integer weights equal repeated rows;
+            beyond, they do so on average over the minibatches.
+
+        Returns
+        -------
+        self : ImplicitEMEncoder
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            For entries that are not finite, naming row and column, and for fewer than two rows.
+        """
+        with unchanged_on_error(self):
+            X, sample_weight = self._training(X, sample_weight, reset=True)
+            generator = seeded_generator(self.random_state)
+            rows = to_rows(X, resolve_device(self.device))
+            weight = self._weight_tensor(sample_weight, rows)
+            preconditioner = fit_preconditioner(rows, weight)
+            shape = (self.n_components, X.shape[1])
+            if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
+                start = preconditioner.unfold(
+                    torch.from_numpy(self.components_), torch.from_numpy(self.intercept_)
+                )
+            else:
+                start = start_weights(*shape, generator)
+            trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
+            trace = trainer.fit(batches, weight, generator)
+            if trace.diverged:
+                warnings.warn(
+                    f"{type(self).__name__} diverged in epoch {trace.n_iter + 1} and was set back "
+                    f"to the end of the one before: lower learning_rate={self.learning_rate:g}"
+                    + (f" or momentum={self.momentum:g}." if self.momentum else "."),
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+            self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X, y=None, sample_weight=None):
+        """Go once through some rows of a stream, in minibatches in the order given.
+
+        The first call settles location and scale for good; memory does not grow with the stream.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows; at least two.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights.
+
+        Returns
+        -------
+        self : ImplicitEMEncoder
+            The updated estimator.
+        """
+        with unchanged_on_error(self):
+            first = getattr(self, "components_", None) is None
+            X, sample_weight = self._training(X, sample_weight, reset=first)
+            rows = to_rows(X, resolve_device(self.device))
+            weight = self._weight_tensor(sample_weight, rows)
+            if first:
+                preconditioner = fit_preconditioner(rows, weight)
+                generator = seeded_generator(self.random_state)
+                start = start_weights(self.n_components, X.shape[1], generator)
+                past, state = EncoderTrace(), None
+            else:
+                preconditioner = Preconditioner(torch.from_numpy(self._location), self._scale)
+                start = torch.from_numpy(self._weights)
+                past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
+                state = self._solver_state
+            trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
+            trainer.load_state(state)
+            trace = trainer.fit_once(batches, weight, past)
+            if trace.diverged:
+                warnings.warn(
+                    f"These rows made {type(self).__name__} diverge and were left out: lower "
+                    f"learning_rate={self.learning_rate:g}.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+            self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+        return self
+
+    def transform(self, X):
+        """Distances of rows to every component, or responsibilities.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+            What `output` says.
+        """
+        distance = self._distances(X)
+        if self.output == "responsibilities":
+            distance = responsibilities(distance)
+        return to_numpy(distance)
+
+    def responsibilities(self, X):
+        """Share of each component in each row, ``softmax(-d)``.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_components)
+            Rows sum to one.
+        """
+        return to_numpy(responsibilities(self._distances(X)))
+
+    def inverse_transform(self, D):
+        """Pseudo-decoder: the transposed weights applied to a code.
+
+        Nothing trains it to reconstruct X; its direction is meaningful and its scale is not.
+
+        Parameters
+        ----------
+        D : array-like of shape (n_samples, n_components)
+            What `transform` returns.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            ``D @ components_``.
+        """
+        check_is_fitted(self)
+        D = check_array(D, dtype=[np.float64, np.float32], input_name="D")
+        k = len(self.components_)
+        if D.shape[1] != k:
+            raise ValueError(f"D has {D.shape[1]} columns, but this model has {k} components.")
+        return (D @ self.components_).astype(D.dtype, copy=False)
+
+    def loss_terms(self, X):
+        """Terms of the objective on rows taken as one batch, each with its weight.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows; at least two.
+
+        Returns
+        -------
+        dict of str to float
+            "lse", "variance", "decorrelation" and "weight_redundancy"; they sum to the objective.
+        """
+        distance = self._distances(X, min_rows=2)
+        weights = self._objective_weights()
+        objective = BatchObjective(weights, *distance.shape, distance)
+        objective(distance)
+        redundancy, _ = weight_redundancy(torch.from_numpy(self.components_).double())
+        terms = [*objective.terms.double().cpu(), redundancy]
+        values = weights.vector * torch.stack(terms)
+        return dict(zip(ObjectiveWeights.__dataclass_fields__, values.tolist(), strict=True))
+
+    def score(self, X, y=None):
+        """Objective with its sign changed, for model selection by cross-validation.
+
+        Models with different weights of the terms have different objectives, and their scores
+        say nothing about each other.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Finite rows; at least two.
+        y : Ignored
+            Present for API consistency.
+
+        Returns
+        -------
+        float
+            Greater is better.
+        """
+        return -sum(self.loss_terms(X).values())
+
+    def _activation(self) -> Activation:
+        if isinstance(self.activation, Activation):
+            return self.activation
+        if isinstance(self.activation, str):
+            return ACTIVATIONS[self.activation]
+        if len(self.activation) != 2 or not all(map(callable, self.activation)):
+            raise ValueError(
+                "activation must be one of "
+                f"{sorted(ACTIVATIONS)} or a pair (function, derivative) of callables; got "
+                f"{self.activation!r}."
+            )
+        return PairActivation(*self.activation)
+
+    def _objective_weights(self) -> ObjectiveWeights:
+        return ObjectiveWeights(
+            lse=float(self.lse_weight),
+            variance=float(self.variance_weight),
+            decorrelation=float(self.decorrelation_weight),
+            weight_redundancy=float(self.weight_redundancy),
+        )
+
+    def _training(self, X, sample_weight, *, reset: bool):
+        """Validate training rows and weights; rows of no weight are left out."""
+        self._activation()
+        X = check_rows(self, X, reset=reset, min_rows=2)
+        if sample_weight is not None:
+            dtype = np.result_type(X.dtype, np.float32)
+            sample_weight = _check_sample_weight(
+                sample_weight, X, dtype=dtype, ensure_non_negative=True
+            )
+            kept = np.flatnonzero(sample_weight)
+            if len(kept) < 2:
+                raise ValueError(
+                    f"sample_weight is positive for {len(kept)} of {X.shape[0]} rows; "
+                    f"{type(self).__name__} needs at least 2."
+                )
+            if len(kept) < X.shape[0]:
+                X, sample_weight = X[kept], sample_weight[kept]
+        return X, sample_weight
+
+    def _weight_tensor(self, sample_weight, rows) -> torch.Tensor | None:
+        if sample_weight is None:
+            return None
+        return to_tensor(sample_weight, resolve_device(self.device))
+
+    def _trainer(self, rows, preconditioner, start, dtype) -> tuple[EncoderTrainer, RowBatches]:
+        options = EncoderOptions(
+            activation=self._activation(),
+            weights=self._objective_weights(),
+            solver=self.solver,
+            learning_rate=float(self.learning_rate),
+            momentum=float(self.momentum),
+            batch_size=int(self.batch_size),
+            max_iter=int(self.max_iter),
+            tol=float(self.tol),
+            revive_dead=bool(self.revive_dead),
+            verbose=int(self.verbose),
+        )
+        working = to_tensor(np.empty(0, np.result_type(dtype, np.float32))).dtype
+        batches = RowBatches(rows, preconditioner, working)
+        return EncoderTrainer(start.to(batches.device, working), options), batches
+
+    def _store(self, rows, weight, preconditioner, trainer, trace, dtype) -> None:
+        """Fold location and scale back and keep everything as numpy."""
+        dtype = np.result_type(dtype, np.float32)
+        components, intercept = preconditioner.fold(trainer.weights)
+        self.components_ = to_numpy(components, dtype)
+        self.intercept_ = to_numpy(intercept, dtype)
+        self.loss_curve_ = trace.loss_curve
+        self.n_iter_ = trace.n_iter
+        self._weights = to_numpy(trainer.weights)
+        self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
+        self._solver_state = trainer.state()
+        distance = self._encode(rows)
+        if weight is None:
+            variance = distance.var(0, correction=0)
+        else:
+            share = weight / weight.sum()
+            variance = share @ (distance - share @ distance).square_()
+        self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
+
+    def _encode(self, rows) -> torch.Tensor:
+        components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)
+        return encode(rows, components, intercept, self._activation())
+
+    def _distances(self, X, min_rows: int = 1) -> torch.Tensor:
+        check_is_fitted(self)
+        X = check_rows(self, X, reset=False, min_rows=min_rows)
+        return self._encode(to_rows(X, resolve_device(self.device)))
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
