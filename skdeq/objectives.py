@@ -246,6 +246,9 @@ class BatchObjective:
         Shape of the distances.
     like : Tensor
         Whose dtype and device the distances have.
+    longest : float, default=inf
+        Bound on the norm of the gradient of one component over the rows: a component that hardly
+        varies is otherwise thrown far out by a single row.
 
     Attributes
     ----------
@@ -254,8 +257,16 @@ class BatchObjective:
         log variances, sum of the squared correlations.
     """
 
-    def __init__(self, weights: ObjectiveWeights, n_rows: int, n_components: int, like: Tensor):
+    def __init__(
+        self,
+        weights: ObjectiveWeights,
+        n_rows: int,
+        n_components: int,
+        like: Tensor,
+        longest: float = torch.inf,
+    ):
         self.weights = weights
+        self._longest = longest
         self.terms = like.new_zeros(3)
         self._terms = [self.terms[place] for place in range(3)]
         self._share = like.new_empty(n_rows, n_components)
@@ -270,6 +281,7 @@ class BatchObjective:
         self._total = like.new_tensor(float(n_rows))
         self._freedom = _degrees_of_freedom(self._total)
         self._equal = like.new_full((n_rows,), 1 / n_rows)
+        self._ones = like.new_ones(n_rows)
         self._floor = like.new_tensor(VARIANCE_FLOOR)
         self._four = like.new_tensor(4 * weights.decorrelation)
         self._two = like.new_full((n_components,), -2 * weights.variance)
@@ -321,13 +333,19 @@ class BatchObjective:
         # What normalising takes back of the pull of the others, and the pull of the variance.
         torch.add(self._two, collinear, alpha=-4 * weights.decorrelation, out=collinear)
         torch.mul(collinear, scale.mul_(scale), out=self._diagonal)
+        gradient = self._gradient
         if sample_weight is None:
-            return torch.addmm(
-                share, centred, square, beta=weights.lse / len(distance), out=self._gradient
-            )
-        torch.mm(centred, square, out=self._gradient)
-        share.mul_(equal.unsqueeze(1))
-        return self._gradient.mul_(root).add_(share, alpha=weights.lse)
+            beta = weights.lse / len(distance)
+            torch.addmm(share, centred, square, beta=beta, out=gradient)
+            repetitions = self._ones
+        else:
+            torch.mm(centred, square, out=gradient)
+            gradient.mul_(root).add_(share.mul_(equal.unsqueeze(1)), alpha=weights.lse)
+            repetitions = sample_weight.reciprocal()
+        if self._longest < torch.inf:
+            norm = torch.mv(torch.mul(gradient, gradient, out=share).T, repetitions).sqrt_()
+            gradient.mul_((self._longest / norm).clamp_max_(1))
+        return gradient
 
 
 def _degrees_of_freedom(total: Tensor) -> Tensor:
