@@ -1,13 +1,14 @@
 """Training of the implicit-EM encoder: epochs of minibatches with closed-form gradients."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import map_chunks, parallel_chunks
 from skdeq._observations import CompressedRows
 from skdeq._precondition import RowBatches
 from skdeq._progress import reporter
@@ -33,6 +34,8 @@ _START = 0.035
 _LONGEST = 10.0
 # Entries of the rows that are encoded at a time.
 _CHUNK_ENTRIES = 2**22
+# Products of a step below which one thread is faster than the waiting of two for each other.
+_LEAST_THREADED = 2**22
 # Epochs in a row without progress that end a fit.
 _PATIENCE = 5
 
@@ -92,15 +95,15 @@ class EncoderTrainer:
 
     def __init__(self, weights: Tensor, options: EncoderOptions):
         self.weights, self.options = weights, options
-        self.optimiser = OPTIMISERS[options.solver](weights, options)
-        # A plain step needs no gradient of its own: the product that would form it moves the
-        # weights.
-        self._plain = (
+        # A plain step needs neither an optimiser, whose import alone takes torch two seconds,
+        # nor a gradient of its own: the product that would form it moves the weights.
+        plain = (
             options.solver == "sgd"
             and options.momentum == 0
             and options.weights.weight_redundancy == 0
         )
-        self._slope = None if self._plain else torch.empty_like(weights)
+        self.optimiser = None if plain else OPTIMISERS[options.solver](weights, options)
+        self._slope = None if plain else torch.empty_like(weights)
         self._buffers: dict[int, tuple[Tensor, Tensor, BatchObjective]] = {}
         # Sums over the batches of an epoch: the terms of the objective, without their weights.
         self._terms = weights.new_zeros(4)
@@ -148,7 +151,7 @@ class EncoderTrainer:
             self.variance += objective.variance
         if share is not None:
             gradient *= share
-        if self._plain:
+        if self.optimiser is None:
             rows.pull_back_(gradient, batch, weights, beta=1, alpha=-options.learning_rate)
             return
         rows.pull_back_(gradient, batch, self._slope, beta=0, alpha=1)
@@ -212,13 +215,16 @@ class EncoderTrainer:
     ) -> None:
         """Run an epoch and write it down, or undo it if it left the finite numbers."""
         before = self.weights.clone()
-        loss = self.epoch(rows, sample_weight, order)
+        small = min(self.options.batch_size, len(order)) * self.weights.numel() < _LEAST_THREADED
+        with parallel_chunks() if small else nullcontext():
+            loss = self.epoch(rows, sample_weight, order)
         if np.isfinite(loss) and bool(torch.isfinite(self.weights).all()):
             trace.loss_curve.append(loss)
             trace.n_iter += 1
             return
         self.weights.copy_(before)
-        self.optimiser.state.clear()
+        if self.optimiser is not None:
+            self.optimiser.state.clear()
         trace.diverged = True
 
     def revive(self, p: int, generator: torch.Generator) -> None:
@@ -227,18 +233,21 @@ class EncoderTrainer:
         if not len(dead):
             return
         self.weights[dead] = start_weights(len(dead), p, generator).to(self.weights)
-        for value in self.optimiser.state[self.weights].values():
-            if value is not None and value.shape == self.weights.shape:
+        for value in self._state().values():
+            if value.shape == self.weights.shape:
                 value[dead] = 0
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {} if self.optimiser is None else self.optimiser.state[self.weights]
+        return {name: one for name, one in state.items() if one is not None}
 
     def state(self) -> dict[str, np.ndarray]:
         """State of the optimiser to go on from, as numpy arrays."""
-        state = self.optimiser.state[self.weights]
-        return {name: one.cpu().numpy() for name, one in state.items() if one is not None}
+        return {name: one.cpu().numpy() for name, one in self._state().items()}
 
     def load_state(self, state: dict[str, np.ndarray] | None) -> None:
         """Take over a state, unless it is that of another optimiser."""
-        if state and set(state) == _STATES[self.options.solver]:
+        if self.optimiser is not None and state and set(state) == _STATES[self.options.solver]:
             self.optimiser.state[self.weights] = {
                 name: torch.from_numpy(one.copy()).to(self.weights) for name, one in state.items()
             }

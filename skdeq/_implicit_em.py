@@ -177,7 +177,7 @@ class ImplicitEMEncoder(
     >>> encoder = ImplicitEMEncoder(32, random_state=0).fit(X)
     >>> encoder.transform(X).shape
     (1797, 32)
-    >>> encoder.responsibilities(X)[0].sum().round(6)
+    >>> float(encoder.responsibilities(X)[0].sum().round(6))
     1.0
     """
 
@@ -281,7 +281,7 @@ class ImplicitEMEncoder(
             shape = (self.n_components, X.shape[1])
             if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
                 start = preconditioner.unfold(
-                    torch.from_numpy(self.components_), torch.from_numpy(self.intercept_)
+                    to_tensor(self.components_), to_tensor(self.intercept_)
                 )
             else:
                 start = start_weights(*shape, generator)
@@ -329,8 +329,8 @@ class ImplicitEMEncoder(
                 start = start_weights(self.n_components, X.shape[1], generator)
                 past, state = EncoderTrace(), None
             else:
-                preconditioner = Preconditioner(torch.from_numpy(self._location), self._scale)
-                start = torch.from_numpy(self._weights)
+                preconditioner = Preconditioner(to_tensor(self._location), self._scale)
+                start = to_tensor(self._weights)
                 past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
                 state = self._solver_state
             trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
@@ -418,7 +418,7 @@ class ImplicitEMEncoder(
         weights = self._objective_weights()
         objective = BatchObjective(weights, *distance.shape, distance)
         objective(distance)
-        redundancy, _ = weight_redundancy(torch.from_numpy(self.components_).double())
+        redundancy, _ = weight_redundancy(to_tensor(self.components_).double())
         terms = [*objective.terms.double().cpu(), redundancy]
         values = weights.vector * torch.stack(terms)
         return dict(zip(ObjectiveWeights.__dataclass_fields__, values.tolist(), strict=True))

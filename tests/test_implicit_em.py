@@ -1,0 +1,495 @@
+"""ImplicitEMEncoder against a plain autograd loop; data of every scale; scikit-learn manners."""
+
+import doctest
+import pickle
+import warnings
+from unittest import mock
+
+import joblib
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import CUDA
+from sklearn.base import clone
+from sklearn.datasets import load_digits, load_iris
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from test_objectives import plain_loss
+
+from skdeq import ImplicitEMEncoder
+from skdeq._encoder_fit import start_weights
+from skdeq._precondition import RowBatches, fit_preconditioner
+from skdeq.objectives import ACTIVATIONS, ObjectiveWeights
+
+
+def digits(n=1797):
+    return load_digits().data[:n]
+
+
+def encoder(n_components=16, **options):
+    return ImplicitEMEncoder(n_components, **{"random_state": 0, "max_iter": 3, **options})
+
+
+def double(values):
+    return values**2
+
+
+def twice(values):
+    return 2 * values
+
+
+OPTIMISERS = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+}
+
+
+@pytest.mark.parametrize("solver", OPTIMISERS)
+@pytest.mark.parametrize("redundancy", [0.0, 0.5])
+def test_training_is_that_of_a_plain_autograd_loop(solver, redundancy):
+    X = digits(301)
+    options = OPTIMISERS[solver][1]
+    fitted = encoder(
+        solver=solver.replace("momentum", "sgd"),
+        learning_rate=0.002,
+        batch_size=64,
+        weight_redundancy=redundancy,
+        **options,
+    ).fit(X)
+    weights = ObjectiveWeights(weight_redundancy=redundancy)
+    seed = np.random.RandomState(0).randint(np.iinfo(np.int32).max)
+    generator = torch.Generator().manual_seed(int(seed))
+    rows = torch.from_numpy(X)
+    preconditioner = fit_preconditioner(rows, None)
+    layer = start_weights(16, 64, generator).requires_grad_()
+    constant = 13**0.5
+    inputs = (rows - rows.mean(0)) / preconditioner.scale
+    inputs = torch.cat([inputs, torch.full((301, 1), constant, dtype=torch.float64)], dim=1)
+    optimiser = OPTIMISERS[solver][0]([layer], lr=0.002, **options)
+    for _ in range(3):
+        losses = []
+        for index in torch.randperm(301, generator=generator).tensor_split(5):
+            loss = plain_loss(torch.relu(inputs[index] @ layer.T), weights)
+            if redundancy:
+                unit = torch.nn.functional.normalize(layer[:, :-1], dim=1)
+                gap = unit @ unit.T - torch.eye(16, dtype=torch.float64)
+                loss = loss + redundancy * gap.square().sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(fitted.loss_curve_[-1], np.mean(losses), rtol=1e-10)
+    expected = torch.relu(inputs @ layer.T).detach()
+    np.testing.assert_allclose(fitted.transform(X), expected, atol=1e-8)
+
+
+def test_preconditioned_rows_have_the_documented_norm():
+    X = digits() * 37 + 5
+    preconditioner = fit_preconditioner(torch.from_numpy(X), None)
+    np.testing.assert_allclose(preconditioner.location, X.mean(0), rtol=1e-12)
+    inputs = (X - X.mean(0)) / preconditioner.scale
+    np.testing.assert_allclose(np.square(inputs).sum(1).mean(), 100, rtol=1e-10)
+    weights = torch.randn(4, 65, dtype=torch.float64)
+    components, bias = preconditioner.fold(weights)
+    batches = RowBatches(torch.from_numpy(X), preconditioner, torch.float64)
+    out = torch.empty(len(X), 4, dtype=torch.float64)
+    batches.project(batches.gather(torch.arange(len(X))), weights, out)
+    np.testing.assert_allclose(X @ components.numpy().T + bias.numpy(), out, atol=1e-9)
+    np.testing.assert_allclose(preconditioner.unfold(components, bias), weights, atol=1e-10)
+
+
+def test_published_quality_on_digits():
+    X, y = load_digits(return_X_y=True)
+    train = np.arange(len(X)) % 3 > 0
+    fitted = encoder(32, max_iter=20).fit(X[train])
+    codes = fitted.transform(X)
+    scaler = StandardScaler().fit(codes[train])
+    probe = LogisticRegression(max_iter=2000).fit(scaler.transform(codes[train]), y[train])
+    raw = LogisticRegression(max_iter=2000).fit(X[train] / 16, y[train])
+    accuracy = probe.score(scaler.transform(codes[~train]), y[~train])
+    # Half as many features as pixels, and no worse than the pixels by more than noise.
+    assert accuracy > raw.score(X[~train] / 16, y[~train]) - 0.01
+    assert (codes > 0.01).mean() < 0.35
+    assert not len(fitted.dead_components_)
+
+
+def test_ablation_is_as_published():
+    X = digits()
+    options = {"max_iter": 40, "tol": 0.0}
+    collapsed = encoder(variance_weight=0.0, decorrelation_weight=0.0, **options).fit(X)
+    np.testing.assert_array_equal(collapsed.dead_components_, np.arange(16))
+    share = collapsed.responsibilities(X)
+    np.testing.assert_allclose(share, 1 / 16, atol=1e-3)
+
+    def redundancy(fitted):
+        correlation = np.corrcoef(fitted.transform(X).T)
+        return np.square(correlation - np.diag(np.diag(correlation))).sum()
+
+    alike = encoder(decorrelation_weight=0.0, **options).fit(X)
+    full = encoder(**options).fit(X)
+    assert not len(alike.dead_components_)
+    assert not len(full.dead_components_)
+    assert redundancy(alike) > 5 * redundancy(full)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("scale", "shift"),
+    [(1e-6, 0), (1e-3, 0), (1e6, 0), (1, 100), (1, 1e4), (1e-30, 0), (1e30, 0)],
+)
+def test_any_scale_and_location_give_the_same_features(scale, shift, dtype):
+    X = digits(600)
+    expected = encoder().fit(X).transform(X)
+    other = (X * scale + shift).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = encoder().fit(other)
+    codes = fitted.transform(other)
+    assert codes.dtype == dtype
+    # float32 keeps 4 of the digits at an origin 1e4 away from data of unit spread.
+    tolerance = 1e-6 if dtype == np.float64 else 1e-3 * (1 + shift / 100)
+    np.testing.assert_allclose(codes, expected, atol=tolerance * np.abs(expected).max())
+
+
+AWKWARD = {
+    "constant columns": lambda: np.where(np.arange(64) % 5 == 0, 100.0, digits(500)),
+    "duplicated rows": lambda: np.repeat(digits(20), 50, axis=0),
+    "fewer rows than a batch": lambda: digits(20),
+    "more columns than rows": lambda: np.random.default_rng(0).normal(size=(30, 500)),
+    "more components than columns": lambda: load_iris().data,
+    "an outlier": lambda: np.vstack([digits(500), np.full((1, 64), 1e4)]),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_awkward_data_train(name, dtype):
+    X = AWKWARD[name]().astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = encoder(max_iter=20).fit(X)
+    assert np.isfinite(fitted.components_).all()
+    assert fitted.loss_curve_[-1] < fitted.loss_curve_[0]
+    codes = fitted.transform(X)
+    assert np.isfinite(codes).all()
+    assert len(fitted.dead_components_) < 16
+
+
+def test_rows_that_are_all_alike_have_only_dead_components():
+    fitted = encoder().fit(np.ones((50, 5)))
+    np.testing.assert_array_equal(fitted.dead_components_, np.arange(16))
+    assert np.isfinite(fitted.transform(np.ones((2, 5)))).all()
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, (double, twice)], ids=str)
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_every_activation_trains(activation, solver):
+    X = digits(500)
+    rate = 0.001
+    fitted = encoder(activation=activation, solver=solver, learning_rate=rate, max_iter=10).fit(X)
+    assert fitted.loss_curve_[-1] < fitted.loss_curve_[0]
+    value = activation[0] if isinstance(activation, tuple) else ACTIVATIONS[activation].value
+    linear = X @ fitted.components_.T + fitted.intercept_
+    np.testing.assert_allclose(fitted.transform(X), value(torch.from_numpy(linear)), atol=1e-9)
+
+
+def test_transform_responsibilities_and_inverse():
+    X = digits(300)
+    fitted = encoder().fit(X)
+    codes = fitted.transform(X)
+    share = np.exp(-codes) / np.exp(-codes).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(fitted.responsibilities(X), share, atol=1e-12)
+    fitted.set_params(output="responsibilities")
+    np.testing.assert_array_equal(fitted.transform(X), fitted.responsibilities(X))
+    np.testing.assert_allclose(fitted.inverse_transform(codes), codes @ fitted.components_)
+    single = fitted.inverse_transform(codes.astype(np.float32))
+    assert single.dtype == np.float32
+    with pytest.raises(ValueError, match="D has 3 columns, but this model has 16 components"):
+        fitted.inverse_transform(np.ones((2, 3)))
+
+
+def test_loss_terms_are_those_of_the_plain_objective():
+    X = digits(300)
+    fitted = encoder(lse_weight=3.0, variance_weight=0.5, weight_redundancy=0.1).fit(X)
+    terms = fitted.loss_terms(X)
+    weights = fitted._objective_weights()
+    codes = torch.from_numpy(fitted.transform(X))
+    unit = fitted.components_ / np.linalg.norm(fitted.components_, axis=1, keepdims=True)
+    redundancy = np.linalg.norm(unit @ unit.T - np.eye(16)) ** 2
+    expected = float(plain_loss(codes, weights)) + 0.1 * redundancy
+    assert list(terms) == ["lse", "variance", "decorrelation", "weight_redundancy"]
+    np.testing.assert_allclose(sum(terms.values()), expected, rtol=1e-12)
+    np.testing.assert_allclose(fitted.score(X), -expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [60, 300])
+def test_sparse_equals_dense(n):
+    X = digits(n)
+    dense = encoder().fit(X)
+    for layout in (sp.csr_matrix, sp.csc_array):
+        sparse = encoder().fit(layout(X))
+        np.testing.assert_allclose(sparse.components_, dense.components_, atol=1e-10)
+        np.testing.assert_allclose(sparse.transform(layout(X)), dense.transform(X), atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.int16])
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_small_integers_train_as_float32_does(dtype, layout):
+    X = digits(300).astype(dtype)
+    as_float = encoder().fit(X.astype(np.float32))
+    fitted = encoder().fit(layout(X))
+    assert fitted.components_.dtype == np.float32
+    np.testing.assert_allclose(fitted.components_, as_float.components_, atol=1e-3)
+    assert fitted.transform(layout(X)).dtype == np.float32
+
+
+def test_other_integers_train_in_float64():
+    X = digits(300).astype(np.int64)
+    fitted = encoder().fit(X)
+    np.testing.assert_array_equal(fitted.components_, encoder().fit(digits(300)).components_)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weights_equal_repetition_up_to_a_batch(momentum):
+    X = digits(40)
+    weight = np.random.default_rng(0).integers(0, 4, size=40)
+    options = {"max_iter": 10, "momentum": momentum}
+    weighted = encoder(**options).fit(X, sample_weight=weight)
+    repeated = encoder(**options).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-8)
+    np.testing.assert_array_equal(weighted.dead_components_, repeated.dead_components_)
+
+
+def test_weights_beyond_a_batch_shift_what_is_learned():
+    X, y = load_digits(return_X_y=True)
+    weight = np.where(y == 3, 50.0, 0.1)
+    even = encoder(8, max_iter=10).fit(X)
+    uneven = encoder(8, max_iter=10).fit(X, sample_weight=weight)
+    ones = encoder(8, max_iter=10).fit(X, sample_weight=np.full(len(X), 2.0))
+    threes = X[y == 3]
+    assert uneven.score(threes) > even.score(threes)
+    # Equal weights are none.
+    np.testing.assert_allclose(ones.loss_curve_, even.loss_curve_, rtol=0.05)
+
+
+def test_same_seed_same_bytes_and_global_generators_left_alone():
+    X = digits(500)
+    one = encoder().fit(X)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with mock.patch("numpy.random.mtrand._rand", None):
+        two = encoder().fit(X)
+    assert torch.equal(before, torch.get_rng_state())
+    assert one.components_.tobytes() == two.components_.tobytes()
+    assert one.intercept_.tobytes() == two.intercept_.tobytes()
+    other = encoder(random_state=1).fit(X)
+    assert np.abs(other.components_ - one.components_).max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["plain", "read only", "reversed", "fortran"])
+def test_input_is_left_as_it_was(how):
+    X = digits(300)
+    if how == "read only":
+        X.setflags(write=False)
+    elif how == "reversed":
+        X = X[::-1, ::-1]
+    elif how == "fortran":
+        X = np.asfortranarray(X)
+    before = X.copy()
+    weight = np.ones(300)
+    fitted = encoder().fit(X, sample_weight=weight)
+    fitted.partial_fit(X)
+    fitted.transform(X)
+    np.testing.assert_array_equal(X, before)
+    np.testing.assert_array_equal(weight, 1)
+
+
+def test_partial_fit_learns_from_a_stream():
+    X = digits()
+    stream = encoder(solver="adam", learning_rate=0.003)
+    scores = []
+    for _ in range(4):
+        for start in range(0, len(X), 300):
+            stream.partial_fit(X[start : start + 300])
+        scores.append(stream.score(X))
+    assert stream.n_iter_ == len(stream.loss_curve_) == 24
+    assert scores == sorted(scores)
+    assert set(stream._solver_state) == {"step", "exp_avg", "exp_avg_sq"}
+    # A second pass by one call is what two calls are, but for rounding of the folded weights.
+    again = pickle.loads(pickle.dumps(stream))
+    np.testing.assert_array_equal(
+        again.partial_fit(X[:300]).components_, stream.partial_fit(X[:300]).components_
+    )
+    stream.set_params(solver="sgd", momentum=0.5, learning_rate=0.001).partial_fit(X[:300])
+    assert set(stream._solver_state) == {"momentum_buffer"}
+
+
+def test_warm_start_goes_on():
+    X = digits()
+    fitted = encoder(warm_start=True, max_iter=5).fit(X)
+    first = fitted.loss_curve_[0]
+    fitted.fit(X)
+    assert fitted.loss_curve_[0] < first
+    codes = encoder(warm_start=True, max_iter=1, learning_rate=1e-12)
+    codes.fit(X)
+    before = codes.transform(X)
+    np.testing.assert_allclose(codes.fit(X * 3 + 1).transform(X), before, atol=1e-6)
+
+
+def test_tol_ends_a_fit_that_has_come_to_rest():
+    assert encoder(max_iter=50, tol=10.0).fit(digits(300)).n_iter_ == 6
+    assert encoder(max_iter=8, tol=0.0).fit(digits(300)).n_iter_ == 8
+
+
+def test_divergence_is_one_warning_and_no_nan():
+    X = digits(300)
+    with pytest.warns(ConvergenceWarning, match="lower learning_rate=1e\\+300") as caught:
+        fitted = encoder(learning_rate=1e300, activation="identity").fit(X)
+    assert len(caught) == 1
+    assert np.isfinite(fitted.transform(X)).all()
+    stream = encoder().fit(X)
+    before = stream.components_.copy()
+    stream.set_params(learning_rate=1e300)
+    with pytest.warns(ConvergenceWarning, match="were left out"):
+        stream.partial_fit(X)
+    np.testing.assert_array_equal(stream.components_, before)
+
+
+def test_revived_components_come_to_life():
+    X = digits()
+    options = {"max_iter": 20, "activation": "relu"}
+    # Batches smaller than the number of components leave some of them dead.
+    dead = encoder(256, **options).fit(X)
+    revived = encoder(256, revive_dead=True, **options).fit(X)
+    assert len(dead.dead_components_) > len(revived.dead_components_)
+    assert revived.score(X) > dead.score(X)
+    adam = encoder(64, solver="adam", learning_rate=0.01, revive_dead=True, max_iter=3)
+    assert np.isfinite(adam.fit(load_iris().data).components_).all()
+
+
+def test_dead_components_are_those_of_small_variance():
+    X = load_iris().data
+    fitted = encoder(64, max_iter=20).fit(X)
+    expected = np.flatnonzero(fitted.transform(X).var(axis=0) < 0.01)
+    np.testing.assert_array_equal(fitted.dead_components_, expected)
+    assert len(expected)
+
+
+def test_search_in_a_pipeline_over_two_processes():
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:300], y[:300]
+    pipeline = make_pipeline(encoder(), StandardScaler(), LogisticRegression(max_iter=100))
+    grid = {
+        "implicitemencoder__n_components": [8, 24],
+        "implicitemencoder__output": ["activations", "responsibilities"],
+    }
+    search = GridSearchCV(pipeline, grid, cv=2, n_jobs=2).fit(X, y)
+    assert search.best_score_ > 0.8
+    assert search.best_params_["implicitemencoder__n_components"] == 24
+
+
+def test_pickles_clones_and_dumps(tmp_path):
+    X = digits(200)
+    fitted = encoder(activation=(double, twice), learning_rate=1e-4).fit(X)
+    expected = fitted.transform(X)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(X), expected)
+    joblib.dump(fitted, tmp_path / "encoder.joblib")
+    loaded = joblib.load(tmp_path / "encoder.joblib", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(loaded.transform(X), expected)
+        loaded.partial_fit(X)
+    assert not hasattr(clone(fitted), "components_")
+    for value in vars(fitted).values():
+        assert not isinstance(value, torch.Tensor)
+
+
+def test_one_row_and_data_frames():
+    pd = pytest.importorskip("pandas")
+    X = pd.DataFrame(digits(200), columns=[f"pixel {i}" for i in range(64)])
+    fitted = encoder().set_output(transform="pandas").fit(X)
+    codes = fitted.transform(X.iloc[:1])
+    assert list(codes.columns) == [f"implicitemencoder{i}" for i in range(16)]
+    np.testing.assert_allclose(codes, fitted.transform(X).iloc[:1], atol=1e-10)
+    with pytest.raises(ValueError, match="minimum of 2 is required"):
+        fitted.score(X.iloc[:1])
+
+
+def test_bad_input_is_a_sentence_and_changes_nothing():
+    X = digits(100)
+    fitted = encoder().fit(X)
+    before = dict(vars(fitted))
+    gap, far = X.copy(), sp.csr_array(X)
+    gap[7, 3] = np.nan
+    far.data[far.indptr[5]] = np.inf
+    column = far.indices[far.indptr[5]]
+    cases = [
+        (gap, {}, "Input X contains NaN: row 7, column 3 of X is nan"),
+        (far, {}, f"Input X contains infinity: row 5, column {column} of X is inf"),
+        (X[:1], {}, "1 sample"),
+        (X, {"sample_weight": np.eye(100)[0]}, "positive for 1 of 100 rows"),
+        (X, {"sample_weight": -np.ones(100)}, "Negative values in data passed to"),
+    ]
+    for data, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fitted.fit(data, **options)
+        assert vars(fitted) == before
+    for params, message in [
+        ({"activation": "rleu"}, "'activation' parameter"),
+        ({"activation": (np.abs,)}, "pair \\(function, derivative\\)"),
+        ({"solver": "lbfgs"}, "'solver' parameter"),
+        ({"device": "cuda:99"}, "CUDA devices that torch can use"),
+        ({"batch_size": 1}, "'batch_size' parameter"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            clone(fitted).set_params(**params).fit(X)
+    with pytest.raises(NotFittedError):
+        encoder().transform(X)
+    with pytest.raises(TypeError, match="learning_rat"):
+        ImplicitEMEncoder(learning_rat=0.1)
+
+
+def test_interrupted_fit_leaves_nothing_behind(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skdeq._encoder_fit.EncoderTrainer.epoch", interrupt)
+    estimator = encoder()
+    with pytest.raises(KeyboardInterrupt):
+        estimator.fit(digits(100))
+    assert not hasattr(estimator, "components_")
+    assert not hasattr(estimator, "n_features_in_")
+
+
+def test_verbose_prints_a_line_for_each_epoch(capsys):
+    encoder(verbose=1).fit(digits(100))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("[ImplicitEMEncoder] epoch") for line in lines)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_devices_agree(device, layout, solver):
+    X = digits(300)
+    expected = encoder(device="cpu", solver=solver, learning_rate=0.001).fit(X)
+    fitted = encoder(device=device, solver=solver, learning_rate=0.001).fit(layout(X))
+    np.testing.assert_allclose(fitted.components_, expected.components_, atol=1e-6)
+    np.testing.assert_allclose(
+        fitted.set_params(device="cpu").transform(X), expected.transform(X), atol=1e-4
+    )
+    fitted.set_params(device=device).partial_fit(layout(X))
+
+
+def test_docstring_example_runs():
+    import skdeq._implicit_em as module
+
+    failures, tried = doctest.testmod(module)
+    assert tried
+    assert not failures
