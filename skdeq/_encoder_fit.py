@@ -196,7 +196,7 @@ class EncoderTrainer:
             # The objective may pass through zero, where its change has no scale.
             progress = best - loss > options.tol * max(abs(loss), 1.0)
             best, quiet = min(best, loss), 0 if progress else quiet + 1
-            if quiet >= _PATIENCE:
+            if options.tol > 0 and quiet >= _PATIENCE:
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
                 self.revive(rows.p, generator)

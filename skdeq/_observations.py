@@ -157,6 +157,13 @@ class Observations:
         )
         return torch.stack(parts).sum(0).T.contiguous()
 
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """T(x) of some rows as a dense matrix (stop - start, p)."""
+        if isinstance(self.values, CompressedRows):
+            index = torch.arange(start, stop, device=self.device)
+            return self.values.take(index).to_dense()
+        return self.values[start:stop]
+
     def missing_rows(self, start: int, stop: int) -> Tensor | None:
         """Places of the missing entries of some rows, bool (stop - start, p), or None."""
         if self.missing is None:

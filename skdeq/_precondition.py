@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._observations import CompressedRows
+from skdeq._observations import CompressedRows, Observations
 
 __all__ = ["Preconditioner", "RowBatches", "fit_preconditioner"]
 
@@ -56,12 +56,6 @@ class Preconditioner:
         return torch.cat([components * self.scale, constant.unsqueeze(1)], dim=1)
 
 
-def _dense_rows(values: Tensor | CompressedRows, start: int, stop: int) -> Tensor:
-    if not isinstance(values, CompressedRows):
-        return values[start:stop]
-    return values.take(torch.arange(start, stop, device=values.indptr.device)).to_dense()
-
-
 def fit_preconditioner(
     values: Tensor | CompressedRows, sample_weight: Tensor | None
 ) -> Preconditioner:
@@ -69,19 +63,28 @@ def fit_preconditioner(
     n, p = values.shape
     size = max(1, _CHUNK_ENTRIES // p)
     # Sums of squares about a point among the data lose no digits to a distant origin.
-    shift = _dense_rows(values, 0, min(n, _SHIFT_ROWS, size)).double().mean(0)
+    rows_of = Observations(values).dense_rows
+    shift = rows_of(0, min(n, _SHIFT_ROWS, size)).double().mean(0)
 
-    def work(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        rows = torch.sub(_dense_rows(values, start, stop), shift)
+    chunks = -(-n // size)
+    # One array for the sums of all chunks: small ones, allocated between the large temporaries
+    # and kept, would keep the allocator from giving the memory of those back.
+    sums = shift.new_empty(2, chunks, p)
+
+    def work(start: int, stop: int) -> None:
+        rows = torch.sub(rows_of(start, stop), shift)
+        first, second = sums[:, start // size]
         if sample_weight is None:
-            return rows.sum(0), rows.square_().sum(0)
-        weight = sample_weight[start:stop].double()
-        return weight @ rows, weight @ rows.square_()
+            torch.sum(rows, 0, out=first)
+            torch.sum(rows.square_(), 0, out=second)
+        else:
+            weight = sample_weight[start:stop].double()
+            torch.mv(rows.T, weight, out=first)
+            torch.mv(rows.square_().T, weight, out=second)
 
-    parts = map_chunks(work, n, size, shift.device)
+    map_chunks(work, n, size, shift.device)
     total = float(n) if sample_weight is None else float(sample_weight.double().sum())
-    first = torch.stack([one for one, _ in parts]).sum(0) / total
-    second = torch.stack([two for _, two in parts]).sum(0) / total
+    first, second = sums.sum(1) / total
     spread = float((second - first.square()).clamp_min(0).sum())
     location = (shift + first).cpu()
     # Constant columns leave rounding, not spread.
