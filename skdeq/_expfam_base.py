@@ -20,6 +20,7 @@ from skdeq._base import (
     to_observations,
     to_tensor,
 )
+from skdeq._canonical import MappedFamily
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
@@ -44,9 +45,7 @@ class LatentVariableEstimator(BaseEstimator):
         family = _get_family(self.family)
         canonical_map = get_canonical_map(self.canonical_map)
         if canonical_map != Identity():
-            raise ValueError(
-                f"canonical_map={canonical_map!r}: only 'identity' is available for the solvers."
-            )
+            family = MappedFamily(family, canonical_map)
         if len(tuple(self.hidden_layer_sizes)):
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}: only (), the model with one "
@@ -80,7 +79,9 @@ class LatentVariableEstimator(BaseEstimator):
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
         """Validate training data: X, setting, exposure profile."""
-        family = self._family()
+        family = self._family().exact
+        if family.widths:
+            family = family.smoothed(family.widths[0])
         X = check_observations(self, X, family, reset=reset)
         n, p = X.shape
         if sample_weight is not None:
@@ -223,8 +224,9 @@ class LatentVariableEstimator(BaseEstimator):
     def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
         """Validate rows and solve them; also their setting and the validated rows."""
         check_is_fitted(self)
-        X = check_observations(self, X, self._family(), reset=False)
-        setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
+        family = self._family()
+        X = check_observations(self, X, family, reset=False)
+        setting, _ = self._setting(X, family, None, self._exposure_profile)
         return self._latents(setting), setting, X
 
     def _checked(self, result: FixedPointResult) -> FixedPointResult:

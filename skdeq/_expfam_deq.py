@@ -13,7 +13,14 @@ from skdeq._base import Versioned, log_base_rows, to_numpy, unchanged_on_error
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
-from skdeq.families import CANONICAL_MAPS, FAMILIES, CanonicalMap, Family, get_family
+from skdeq.families import (
+    CANONICAL_MAPS,
+    FAMILIES,
+    CanonicalMap,
+    Family,
+    get_canonical_map,
+    get_family,
+)
 from skdeq.fixed_point import SOLVERS, FixedPointResult
 
 __all__ = ["ExpFamilyDEQ"]
@@ -54,8 +61,11 @@ class ExpFamilyDEQ(
         "rademacher", or an object such as ``Binomial(n_trials=16)`` from
         :mod:`skdeq.families` or of your own.
 
-    canonical_map : {"identity"}, default="identity"
-        Map from the linear predictor to the canonical parameter.
+    canonical_map : {"identity", "relu", "softplus", "tanh"} or CanonicalMap, default="identity"
+        Map R from the linear predictor to the canonical parameter; its range must meet the
+        domain of the family. :class:`~skdeq.families.ReLU` takes an option for the mask of the
+        layer. With any but "identity" a row may have several solutions; the one reported is
+        what Newton's method finds from zero.
 
     hidden_layer_sizes : tuple of int, default=()
         Sizes of further latent layers. Only ``()``, one layer, is available.
@@ -297,8 +307,10 @@ class ExpFamilyDEQ(
         """
         with unchanged_on_error(self), parallel_chunks():
             setting, model = self._fit(X, sample_weight)
-            if setting.observations.shape[0] < _num_samples(X):
-                # Rows of zero weight were left out of the fit.
+            left_out = setting.observations.shape[0] < _num_samples(X)
+            if left_out or not setting.family.is_canonical:
+                # Rows of zero weight took no part in the fit; and where a row has several
+                # solutions, the one that `transform` finds is the one to return.
                 return self._output(self._checked(self._solve(X)[0]).value)
             return self._output(self._checked(self._latents(setting, model.latents)).value)
 
@@ -342,7 +354,7 @@ class ExpFamilyDEQ(
         )
 
     def natural_parameters(self, Z):
-        """Canonical parameters eta at unit exposure.
+        """Canonical parameters eta, R of the linear predictor, at unit exposure.
 
         Parameters
         ----------
@@ -359,7 +371,8 @@ class ExpFamilyDEQ(
         if Z.shape[1] != k:
             raise ValueError(f"Z has {Z.shape[1]} columns, but this model has {k} components.")
         basis = self.loadings_.T if self.whiten else self.components_
-        return (Z @ basis + self.intercept_).astype(Z.dtype, copy=False)
+        predictor = (Z @ basis + self.intercept_).astype(Z.dtype, copy=False)
+        return get_canonical_map(self.canonical_map).value(torch.from_numpy(predictor)).numpy()
 
     def inverse_transform(self, Z):
         """Mean of the observations at unit exposure, a denoised X.

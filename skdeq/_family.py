@@ -109,6 +109,33 @@ class Family(_EqualByParameters, ABC):
     scales_with_exposure: bool = False
     variance_bound: float | None = None
     self_concordance: float | None = None
+    is_canonical = True
+    widths: tuple[float, ...] = ()
+
+    @property
+    def base(self) -> "Family":
+        """The family in its canonical parameter: this one."""
+        return self
+
+    @property
+    def exact(self) -> "Family":
+        """The law itself: this one."""
+        return self
+
+    def canonical(self, zeta: Tensor) -> Tensor:
+        """Return the canonical parameter of a linear predictor: itself."""
+        return zeta
+
+    def energy(
+        self, zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute ``A(zeta) - T zeta`` and its first two derivatives."""
+        gap = self.mean(zeta) - statistic
+        return self.log_partition(zeta) - statistic * zeta, gap, self.variance(zeta)
+
+    def slope_(self, zeta: Tensor, statistic: Tensor) -> Tensor:
+        """Compute the slope of `energy`, in the memory of `zeta` where that pays."""
+        return self.statistics_(zeta)[1] - statistic
 
     @abstractmethod
     def log_partition(self, eta: Tensor) -> Tensor:
@@ -201,7 +228,22 @@ class Family(_EqualByParameters, ABC):
 
 
 class CanonicalMap(_EqualByParameters, ABC):
-    """Elementwise map R from the linear predictor zeta to the natural parameter eta."""
+    """Elementwise map R from the linear predictor zeta to the natural parameter eta.
+
+    A map of your own needs `value` and `derivative`; the rest follows from them.
+
+    Attributes
+    ----------
+    range : Interval
+        Values that R takes; all reals by default.
+    """
+
+    range: Interval = _REALS
+    widths: tuple[float, ...] = ()
+
+    def smoothed(self, width: float) -> "CanonicalMap":
+        """Return the map with its kinks rounded off over a width: this one has none."""
+        return self
 
     @abstractmethod
     def value(self, zeta: Tensor) -> Tensor:
@@ -210,3 +252,47 @@ class CanonicalMap(_EqualByParameters, ABC):
     @abstractmethod
     def derivative(self, zeta: Tensor) -> Tensor:
         """Return R'(zeta)."""
+
+    def second_derivative(self, zeta: Tensor) -> Tensor:
+        """Return R''(zeta), by automatic differentiation of `derivative`."""
+        with torch.enable_grad():
+            leaf = zeta.detach().requires_grad_()
+            slope = self.derivative(leaf)
+            if not slope.requires_grad:
+                return torch.zeros_like(zeta)
+            return torch.autograd.grad(slope.sum(), leaf)[0]
+
+    def inverse(self, eta: Tensor) -> Tensor:
+        """Return a zeta with R(zeta) near `eta`, where a fit can start."""
+        return invert_increasing(self.value, self.derivative, eta, _REALS)
+
+    def energy(
+        self, family: "Family", zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the terms of the energy whose stationary point the layer's fixed point is.
+
+        Parameters
+        ----------
+        family : Family
+        zeta, statistic : Tensor of shape (m, q)
+            Linear predictors, and T(x).
+        observed : bool, default=False
+            Whether the curvature is the second derivative itself. If not it is its expectation,
+            ``R'^2 A''``, which is never negative.
+
+        Returns
+        -------
+        loss, slope, curvature : Tensor of shape (m, q)
+            ``A(R) - T R`` and its first and second derivative in zeta.
+        """
+        eta, first = self.value(zeta), self.derivative(zeta)
+        gap = family.mean(eta) - statistic
+        curvature = first.square() * family.variance(eta)
+        if observed:
+            curvature = curvature + self.second_derivative(zeta) * gap
+        return family.log_partition(eta) - statistic * eta, first * gap, curvature
+
+    @property
+    def exact(self) -> "CanonicalMap":
+        """The map as the model has it, where the layer may take liberties."""
+        return self

@@ -1,6 +1,7 @@
 """Latents of given rows under a fitted model, and the likelihoods that rest on them."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,6 +57,21 @@ def solve_latents(
     -------
     FixedPointResult
     """
+    if setting.family.widths and loadings.dtype != torch.float64:
+        # Next to a kink float32 cannot tell the sides apart.
+        result = solve_latents(
+            setting.double(),
+            loadings.double(),
+            intercept.double(),
+            method=method,
+            tol=tol,
+            max_iter=max_iter,
+        )
+        return replace(
+            result,
+            value=result.value.to(loadings.dtype),
+            residual=result.residual.to(loadings.dtype),
+        )
     k = loadings.shape[1]
     bounded = setting.family.variance_bound is not None
     finish = method == "auto" and bounded and k > _NEWTON_RANK
@@ -77,9 +93,18 @@ def solve_latents(
     else:
         begin = loadings.new_zeros(n, k)
 
+    stages = [setting.family.smoothed(width) for width in setting.family.widths[1:]]
+
     def work(low: int, high: int) -> FixedPointResult:
         part = problem.chunk(low, high)
-        result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
+        if not stages:
+            result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
+        value, spent = begin[low:high], 0
+        for part.family in stages:
+            result = solver(part, value, tol=tol, max_iter=max_iter)
+            value, spent = result.value, spent + result.n_iter
+        if stages:
+            result = replace(result, n_iter=spent)
         left = (~result.converged).nonzero().squeeze(1) if finish else ()
         if not len(left):
             return result
@@ -148,12 +173,14 @@ def laplace_log_likelihood(
     -------
     Tensor of shape (n,), float64
     """
-    problem = row_problem(setting, loadings, intercept)
+    problem = row_problem(replace(setting, family=setting.family.exact), loadings, intercept)
     k = loadings.shape[1]
 
     def work(low: int, high: int) -> Tensor:
         rows = torch.arange(high - low, device=latents.device)
-        objective, _, hessian, _ = problem.chunk(low, high).derivatives(latents[low:high], rows)
+        objective, _, hessian, _ = problem.chunk(low, high).derivatives(
+            latents[low:high], rows, observed=True
+        )
         return -objective - 0.5 * _log_determinant(hessian.double(), setting.alpha)
 
     parts = map_chunks(work, len(latents), problem.chunk_rows(), latents.device)

@@ -96,15 +96,17 @@ class MapProblem:
         self._has_offset = offset is not None
         ones = torch.ones_like(design[:, :1].T) if weight is None else weight.unsqueeze(0)
         self._collect = torch.cat([ones, self._expand[: self.r] * ones]).contiguous()
-        # T(x) enters the problem through this product alone.
-        projected = observations @ (self._expand * ones).T.contiguous()
-        self.projection = projected[:, : self.r].contiguous()
+        self.projection = design.new_zeros(self.n_rows, self.r)
         # The part of sum_j T(x_j) eta_j that does not depend on z.
-        self.constant = torch.zeros_like(self.projection[:, 0], dtype=torch.float64)
-        if offset is not None:
-            self.constant += projected[:, self.r]
-        if row_offset is not None:
-            self.constant += row_offset.double() * projected[:, -1]
+        self.constant = design.new_zeros(self.n_rows, dtype=torch.float64)
+        if family.is_canonical:
+            # T(x) enters the problem through this product alone.
+            projected = observations @ (self._expand * ones).T.contiguous()
+            self.projection = projected[:, : self.r].contiguous()
+            if offset is not None:
+                self.constant += projected[:, self.r]
+            if row_offset is not None:
+                self.constant += row_offset.double() * projected[:, -1]
         self._square = self._collect[0] * design.square().sum(1)
         self.terms = float(self._collect[0].sum())
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
@@ -154,6 +156,7 @@ class MapProblem:
         part.constant = self.constant[start:stop]
         part.row_offset = None if self.row_offset is None else self.row_offset[start:stop]
         part.__dict__.pop("_missing", None)
+        part.__dict__.pop("_statistic", None)
         first = self._bounds[0]
         part._bounds = (first + start, first + stop)
         if self._basis is not None:
@@ -171,6 +174,8 @@ class MapProblem:
         part.row_offset = None if self.row_offset is None else self.row_offset[index]
         missing = self._missing
         part.__dict__["_missing"] = None if missing is None else missing[index]
+        if not self.family.is_canonical:
+            part.__dict__["_statistic"] = self._statistic[index]
         if self._basis is not None:
             part._relative = self._relative[index].clone()
         return part
@@ -178,6 +183,11 @@ class MapProblem:
     @cached_property
     def _missing(self) -> Tensor | None:
         return self.observations.missing_rows(*self._bounds)
+
+    @cached_property
+    def _statistic(self) -> Tensor:
+        """T(x) of the rows, where it does not enter through products alone."""
+        return self.observations.dense_rows(*self._bounds)
 
     def _of(self, values: Tensor, rows: Tensor) -> Tensor:
         # Rows come in order and once each: as many as there are is all of them.
@@ -200,14 +210,20 @@ class MapProblem:
         gradient: bool,
         hessian: bool,
         curvature: bool,
+        observed: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile."""
+        """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile.
+
+        Through a canonical map the terms are those of the energy, which has T(x) in it.
+        """
         expanded = self._predictors(z, rows)
         width = max(64, min(self.q, self._tile_entries() // max(len(z), 1)))
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)
         weighted = self.weight is not None or missing is not None
+        canonical = self.family.is_canonical
+        statistic = None if canonical else self._of(self._statistic, rows)
         first, second = self._upper
         total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope = z.new_zeros(self.r, len(z)) if gradient else None
@@ -222,15 +238,20 @@ class MapProblem:
                 else z.new_empty(len(z), stop - start)
             )
             torch.mm(expanded, self._expand[:, start:stop], out=eta)
-            if objective and not (hessian or curvature or weighted):
+            if canonical and objective and not (hessian or curvature or weighted):
                 sums, mean = self.family.summed_statistics_(eta)
                 total += sums
                 if gradient:
                     slope.addmm_(self._collect[1:, start:stop], mean.T)
                 continue
-            log_partition, mean, variance = self.family.statistics_(
-                eta, log_partition=objective, variance=hessian or curvature
-            )
+            if canonical:
+                log_partition, mean, variance = self.family.statistics_(
+                    eta, log_partition=objective, variance=hessian or curvature
+                )
+            else:
+                log_partition, mean, variance = self.family.energy(
+                    eta, statistic[:, start:stop], observed=observed
+                )
             if missing is not None:
                 gaps = missing[:, start:stop]
                 for one in (log_partition, mean, variance):
@@ -313,21 +334,45 @@ class MapProblem:
         )
         return self._gradient(slope, z, rows)
 
-    def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Objective, gradient, Hessian and scaled residual of each row."""
+    def derivatives(
+        self, z: Tensor, rows: Tensor, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objective, gradient, Hessian and scaled residual of each row.
+
+        Through a canonical map the Hessian is the observed one where that is positive definite,
+        or if ``observed``; elsewhere, and for the residual, the expected one.
+        """
         total, slope, bend, _ = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=True, curvature=False
         )
-        first, second = self._upper
-        hessian = z.new_empty(len(z), self.r, self.r)
-        hessian[:, first, second] = bend.T
-        hessian[:, second, first] = bend.T
-        diagonal = hessian.diagonal(dim1=1, dim2=2)
-        size = diagonal.sum(1)
-        diagonal.add_(self.penalty)
+        hessian = self._symmetric(bend)
+        size = hessian.diagonal(dim1=1, dim2=2).sum(1)
+        hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
+        if not self.family.is_canonical:
+            bend = self._accumulate(
+                z,
+                rows,
+                objective=False,
+                gradient=False,
+                hessian=True,
+                curvature=False,
+                observed=True,
+            )[2]
+            exact = self._symmetric(bend)
+            exact.diagonal(dim1=1, dim2=2).add_(self.penalty)
+            usable = observed | (torch.linalg.cholesky_ex(exact)[1] == 0)
+            hessian = torch.where(usable[:, None, None], exact, hessian)
         gradient = self._gradient(slope, z, rows)
         residual = self._residual(gradient, z, size)
         return self._penalised(total, z, rows), gradient, hessian, residual
+
+    def _symmetric(self, bend: Tensor) -> Tensor:
+        """Matrices (m, r, r) from their upper triangles (r (r + 1) / 2, m)."""
+        first, second = self._upper
+        matrix = bend.new_empty(bend.shape[1], self.r, self.r)
+        matrix[:, first, second] = bend.T
+        matrix[:, second, first] = bend.T
+        return matrix
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement f(z) - z of the map whose fixed points are the solutions."""

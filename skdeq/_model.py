@@ -80,6 +80,14 @@ class Setting:
             log_base=0.0,
         )
 
+    def double(self) -> "Setting":
+        """Return the same in float64."""
+        parts = {"observations": self.observations.double()}
+        for name in ("sample_weight", "row_offset"):
+            part = getattr(self, name)
+            parts[name] = None if part is None else part.double()
+        return replace(self, **parts)
+
     @property
     def total_weight(self) -> float:
         """Sum of the sample weights."""
@@ -161,7 +169,8 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
     start = torch.nan_to_num(start, nan=-1.0, posinf=1.0, neginf=-1.0)
     if setting.row_offset is None:
         # The mean decides; a column at the edge stays half an observation inside.
-        terms = counts * family.log_partition(start) - total.squeeze(1).double() * start
+        canonical = family.canonical(start)
+        terms = counts * family.log_partition(start) - total.squeeze(1).double() * canonical
         objective = float(terms.sum()) - setting.log_base
         return start.to(observations.dtype), objective / setting.total_weight
     problem = column_problem(setting, ones.new_zeros(n, 0))

@@ -1,7 +1,7 @@
 """Observed entries of a data matrix on a device, dense or sparse, with or without gaps."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -124,6 +124,13 @@ class Observations:
     def T(self) -> "Observations":
         """The same entries with features as rows."""
         return Observations(self.values.T, None if self.missing is None else self.missing.T)
+
+    def double(self) -> "Observations":
+        """Return the same in float64."""
+        values = self.values
+        if isinstance(values, CompressedRows):
+            return replace(self, values=replace(values, values=values.values.double()))
+        return replace(self, values=values.double())
 
     def take(self, index: Tensor) -> "Observations":
         """Return some rows, in the order given."""

@@ -115,7 +115,7 @@ def explained_deviance(
         Sums to one minus the residual deviance over the null deviance. With more than 2e6
         entries, estimated from evenly spaced rows.
     """
-    family = setting.family
+    family = setting.family.exact
     n, k = scores.shape
     p = len(intercept)
     every = max(1, round(n * p / _DEVIANCE_ENTRIES))
@@ -128,22 +128,22 @@ def explained_deviance(
         x = x_rows(rows)
         observed = ~torch.isnan(x)
         statistic = family.sufficient(x)
-        saturated = family.saturated(x)
-        best = statistic * saturated - family.log_partition(saturated)
+        saturated = family.base.saturated(x)
+        best = statistic * saturated - family.base.log_partition(saturated)
         offset = 0.0 if setting.row_offset is None else setting.row_offset[rows].unsqueeze(1)
         weights = torch.ones_like(x[:, 0]) if weight is None else weight[rows]
         some = scores[rows]
         start = null_intercept + offset + torch.zeros_like(x)
         way = torch.addmm(intercept - null_intercept, some, components)
 
-        def deviance(eta: Tensor) -> Tensor:
-            gap = best - statistic * eta
-            gap += family.statistics_(eta.clone(), log_partition=True)[0]
+        def deviance(predictor: Tensor) -> Tensor:
+            gap = best - statistic * family.canonical(predictor)
+            gap += family.statistics_(predictor.clone(), log_partition=True)[0]
             return 2 * (torch.where(observed, gap, 0.0).sum(1) * weights).double().sum()
 
         parts = torch.zeros(k, dtype=torch.float64, device=x.device)
         for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
-            slope = family.statistics_(torch.add(start, way, alpha=float(node)))[1] - statistic
+            slope = family.slope_(torch.add(start, way, alpha=float(node)), statistic)
             slope = torch.where(observed, slope, 0.0)
             moved = (slope @ components.T) * some * weights.unsqueeze(1)
             parts -= 2 * float(share) * moved.double().sum(0)

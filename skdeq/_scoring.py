@@ -170,7 +170,7 @@ class Scoring:
             moved = LatentModel(point.loadings, point.intercept, latents)
             moved = self._columns(moved)
             change = balance(self.setting, moved)
-            previous, model, accepted = change(model), change(moved), change(point)
+            previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
             stop = self.report is not None and self.report(iteration, objective)

@@ -6,8 +6,7 @@ score are all computed from it, so that they cannot disagree.
 
 import difflib
 
-import torch
-
+from ._canonical import Identity, ReLU, Softplus, Tanh
 from ._families_bounded import Bernoulli, Binomial, ContinuousBernoulli, Gaussian, Rademacher
 from ._families_positive import Gamma, NegativeBinomial, Poisson
 from ._family import CanonicalMap, Family
@@ -28,29 +27,12 @@ __all__ = [
     "NegativeBinomial",
     "Poisson",
     "Rademacher",
+    "ReLU",
+    "Softplus",
+    "Tanh",
     "get_canonical_map",
     "get_family",
 ]
-
-
-class Identity(CanonicalMap):
-    """The map of an ordinary generalised linear model: eta is the linear predictor.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from skdeq.families import Identity
-    >>> Identity().derivative(torch.tensor([0.5, -2.0]))
-    tensor([1., 1.])
-    """
-
-    def value(self, zeta):
-        """Return `zeta` itself."""
-        return zeta
-
-    def derivative(self, zeta):
-        """Return ones."""
-        return torch.ones_like(zeta)
 
 
 FAMILIES: dict[str, type[Family]] = {
@@ -67,7 +49,12 @@ FAMILIES: dict[str, type[Family]] = {
     )
 }
 
-CANONICAL_MAPS: dict[str, type[CanonicalMap]] = {"identity": Identity}
+CANONICAL_MAPS: dict[str, type[CanonicalMap]] = {
+    "identity": Identity,
+    "relu": ReLU,
+    "softplus": Softplus,
+    "tanh": Tanh,
+}
 
 
 def _look_up(choice, kind: type, registry: dict[str, type], what: str):

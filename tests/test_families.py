@@ -601,7 +601,8 @@ def test_canonical_maps():
 
 @pytest.mark.parametrize("name", CANONICAL_MAPS)
 def test_derivative_of_canonical_maps(name):
-    zeta = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    # An even number of points: 0 is the kink of the ReLU.
+    zeta = torch.linspace(-3, 3, 12, dtype=torch.float64)
     canonical_map = get_canonical_map(name)
     torch.testing.assert_close(
         derivative(canonical_map.value, zeta), canonical_map.derivative(zeta)

@@ -1,0 +1,277 @@
+"""Canonical maps, and families seen through one: as functions of the linear predictor."""
+
+import math
+
+import torch
+
+from ._family import CanonicalMap, Family
+from ._interval import Interval
+
+# A linear predictor at which a map of limited range is as good as at its end, and at which a
+# fit can still start.
+_NEAR_THE_END = 4.0
+_LEAST_RELU_START = 0.1
+
+
+class Identity(CanonicalMap):
+    """The map of an ordinary generalised linear model: eta is the linear predictor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import Identity
+    >>> Identity().derivative(torch.tensor([0.5, -2.0]))
+    tensor([1., 1.])
+    """
+
+    def value(self, zeta):
+        """Return `zeta` itself."""
+        return zeta
+
+    def derivative(self, zeta):
+        """Return ones."""
+        return torch.ones_like(zeta)
+
+    def second_derivative(self, zeta):
+        """Return zeros."""
+        return torch.zeros_like(zeta)
+
+    def inverse(self, eta):
+        """Return `eta` itself."""
+        return eta
+
+
+class ReLU(CanonicalMap):
+    """``max(zeta, 0)``; its derivative is a mask that drops out inputs of the layer.
+
+    Parameters
+    ----------
+    mask : {"latents", "inputs", "off"}, default="latents"
+        Where the multiplicative mask R' of the equilibrium layer comes from. "latents" is the
+        exact one, ``zeta > 0``: the fixed point is a stationary point of the log joint, one of
+        several. "inputs" is ``T(x) > 0``, dropout decided by the data, and "off" is no mask: the
+        layer of an ordinary network. Both make the fixed point that of a convex problem, whose
+        log-partition is the integral of the activation ``A'(max(zeta, 0))``, and not a MAP
+        solution of the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import ReLU
+    >>> ReLU().derivative(torch.tensor([0.5, -2.0]))
+    tensor([1., 0.])
+    """
+
+    range = Interval(0, math.inf, True, False)
+    masks = ("latents", "inputs", "off")
+    # The first for fits; the others lead Newton's method to a kink, to within the last.
+    widths = (1e-2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+    def __init__(self, mask="latents"):
+        if mask not in self.masks:
+            raise ValueError(f"mask must be one of {self.masks}; got {mask!r}.")
+        self.mask = mask
+        self._width = 0.0
+        if mask != "latents":
+            # Their energies have no kinks.
+            self.widths = ()
+
+    def smoothed(self, width):
+        """Return the map with the kink rounded off over ``[0, width]`` by a parabola.
+
+        A minimum of the log joint may lie on a kink, where the mask has no value that would make
+        it a fixed point. There the limit of the rounded maps has one, between 0 and 1.
+        """
+        result = ReLU(self.mask)
+        result._width = width
+        return result
+
+    def value(self, zeta):
+        """Return the positive part."""
+        width = self._width
+        if width == 0:
+            return zeta.clamp_min(0)
+        ramp = zeta.clamp(0, width)
+        return ramp.square() / (2 * width) + (zeta - ramp).clamp_min(0)
+
+    def derivative(self, zeta):
+        """Return 1 where `zeta` is positive, else 0."""
+        if self._width == 0:
+            return (zeta > 0).to(zeta.dtype)
+        return (zeta / self._width).clamp(0, 1)
+
+    def second_derivative(self, zeta):
+        """Return zeros, as it is everywhere but at the kink."""
+        if self._width == 0:
+            return torch.zeros_like(zeta)
+        return ((zeta > 0) & (zeta < self._width)).to(zeta.dtype) / self._width
+
+    def inverse(self, eta):
+        """Return `eta`, kept a little above 0, where there is a gradient."""
+        return eta.clamp_min(_LEAST_RELU_START)
+
+    def energy(self, family, zeta, statistic, *, observed=False):
+        """Return the terms of the energy whose stationary point the layer's fixed point is."""
+        if self.mask == "latents":
+            return super().energy(family, zeta, statistic, observed=observed)
+        eta, open_ = zeta.clamp_min(0), zeta > 0
+        at_zero = family.mean(torch.zeros_like(zeta[:1, :1]))
+        # The integral of A'(max(zeta, 0)): A to the right of 0, a straight line to the left.
+        loss = family.log_partition(eta) + at_zero * zeta.clamp_max(0) - statistic * zeta
+        slope = family.mean(eta) - statistic
+        weight = family.variance(eta) * open_
+        if self.mask == "inputs":
+            kept = statistic > 0
+            loss, slope, weight = loss * kept, slope * kept, weight * kept
+        return loss, slope, weight
+
+    @property
+    def exact(self):
+        """The same map with the mask of the model."""
+        return ReLU()
+
+
+class Softplus(CanonicalMap):
+    """``log(1 + exp(zeta))``, a smooth ReLU: natural parameters above 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import Softplus
+    >>> Softplus().value(torch.tensor([0.0, 30.0]))
+    tensor([ 0.6931, 30.0000])
+    """
+
+    range = Interval(0, math.inf, False, False)
+
+    def value(self, zeta):
+        """Return ``log(1 + exp(zeta))``."""
+        return torch.logaddexp(zeta, torch.zeros_like(zeta))
+
+    def derivative(self, zeta):
+        """Return the logistic function."""
+        return torch.sigmoid(zeta)
+
+    def second_derivative(self, zeta):
+        """Return the derivative of the logistic function."""
+        return torch.sigmoid(zeta) * torch.sigmoid(-zeta)
+
+    def inverse(self, eta):
+        """Return ``log(exp(eta) - 1)``, for `eta` outside the range a value near its end."""
+        least = math.log1p(math.exp(-_NEAR_THE_END))
+        eta = eta.clamp_min(least)
+        return eta + torch.log(-torch.expm1(-eta))
+
+
+class Tanh(CanonicalMap):
+    """``tanh(zeta)``: natural parameters between -1 and 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import Tanh
+    >>> Tanh().derivative(torch.tensor([0.0, 30.0]))
+    tensor([1., 0.])
+    """
+
+    range = Interval(-1, 1, False, False)
+
+    def value(self, zeta):
+        """Return ``tanh(zeta)``."""
+        return torch.tanh(zeta)
+
+    def derivative(self, zeta):
+        """Return ``1 - tanh(zeta)^2``."""
+        return 1 / torch.cosh(zeta).square()
+
+    def second_derivative(self, zeta):
+        """Return ``-2 tanh(zeta) (1 - tanh(zeta)^2)``."""
+        return -2 * torch.tanh(zeta) * self.derivative(zeta)
+
+    def inverse(self, eta):
+        """Return ``atanh(eta)``, for `eta` outside the range a value near its end."""
+        most = math.tanh(_NEAR_THE_END / 2)
+        return torch.atanh(eta.clamp(-most, most))
+
+
+class MappedFamily(Family):
+    """A family as a function of the linear predictor, through a canonical map.
+
+    ``p(x | zeta) = h(x) exp(T(x) R(zeta) - A(R(zeta)))`` is not an exponential family in zeta:
+    the statistic does not enter linearly, and `mean` and `variance` are those of T(x) and, for
+    the second, the expected curvature R'^2 A''.
+
+    Parameters
+    ----------
+    base : Family
+    canonical_map : CanonicalMap
+    """
+
+    is_canonical = False
+
+    def __init__(self, base: Family, canonical_map: CanonicalMap):
+        low = max(base.domain.low, canonical_map.range.low)
+        high = min(base.domain.high, canonical_map.range.high)
+        if not low < high:
+            raise ValueError(
+                f"canonical_map={canonical_map!r} gives canonical parameters in "
+                f"{canonical_map.range}, but those of family {base.name!r} are in {base.domain}."
+            )
+        self._base, self.canonical_map = base, canonical_map
+        self.name, self.support, self.accepts = base.name, base.support, base.accepts
+
+    @property
+    def base(self) -> Family:
+        """The family in its canonical parameter."""
+        return self._base
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Smoothing of the map: first that of a fit, then those on the way to exact latents."""
+        return self.canonical_map.widths
+
+    def smoothed(self, width: float) -> "MappedFamily":
+        """Return the family through the smoothed map."""
+        return MappedFamily(self._base, self.canonical_map.smoothed(width))
+
+    @property
+    def exact(self) -> "MappedFamily":
+        """The law itself, whatever the layer's mask."""
+        return MappedFamily(self._base, self.canonical_map.exact)
+
+    def canonical(self, zeta):
+        """Return R(zeta)."""
+        return self.canonical_map.value(zeta)
+
+    def sufficient(self, x):
+        """Return T(x)."""
+        return self._base.sufficient(x)
+
+    def log_base(self, x):
+        """Return log h(x)."""
+        return self._base.log_base(x)
+
+    def log_partition(self, zeta):
+        """Return A(R(zeta))."""
+        return self._base.log_partition(self.canonical(zeta))
+
+    def mean(self, zeta):
+        """Return the mean of T(x)."""
+        return self._base.mean(self.canonical(zeta))
+
+    def variance(self, zeta):
+        """Return the expected curvature in zeta."""
+        slope = self.canonical_map.derivative(zeta)
+        return slope.square() * self._base.variance(self.canonical(zeta))
+
+    def link(self, mu):
+        """Return a zeta whose mean is `mu`, or near it where no mean is."""
+        return self.canonical_map.inverse(self._base.link(mu))
+
+    def energy(self, zeta, statistic, *, observed=False):
+        """Return loss, slope and curvature of each entry in zeta."""
+        return self.canonical_map.energy(self._base, zeta, statistic, observed=observed)
+
+    def slope_(self, zeta, statistic):
+        """Return the slope of `energy`."""
+        return self.energy(zeta, statistic)[1]

@@ -1,0 +1,217 @@
+"""Canonical maps but the identity: minima of the log joint, masks, sparse data."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import FAMILY_OBJECTS, sample
+from scipy.optimize import lsq_linear
+
+from skdeq import ExpFamilyDEQ
+from skdeq.families import CANONICAL_MAPS, CanonicalMap, ReLU, get_canonical_map, get_family
+
+MAPS = [name for name in CANONICAL_MAPS if name != "identity"]
+BOUNDED_DOMAIN = {"gamma", "negative_binomial"}
+PAIRS = [
+    (family, canonical_map)
+    for family in FAMILY_OBJECTS
+    for canonical_map in MAPS
+    if get_family(family).domain.high > 0
+]
+
+
+class Square(CanonicalMap):
+    """A map of the user's own, neither monotone nor with more than it needs."""
+
+    def value(self, zeta):
+        return 0.5 * zeta**2
+
+    def derivative(self, zeta):
+        return zeta
+
+
+class NegativeSoftplus(CanonicalMap):
+    """Into the domain of the gamma family."""
+
+    def value(self, zeta):
+        return -torch.nn.functional.softplus(zeta)
+
+    def derivative(self, zeta):
+        return -torch.sigmoid(zeta)
+
+
+def fitted(family, canonical_map, X, **options):
+    # The mask of a row on a kink is known to 1e-16 / 1e-8.
+    tol = 1e-10 if canonical_map != "relu" and canonical_map != ReLU() else 1e-7
+    options = {"fixed_point_tol": tol, "max_iter": 200, "tol": 1e-6, "whiten": True, **options}
+    with np.errstate(all="raise"):
+        return ExpFamilyDEQ(
+            2, family=family, canonical_map=canonical_map, random_state=0, **options
+        ).fit(X)
+
+
+def X_statistic(family, X):
+    return get_family(family).sufficient(torch.from_numpy(X)).numpy()
+
+
+def log_joint(deq, X, latents):
+    zeta = latents @ torch.from_numpy(deq.loadings_).T + torch.from_numpy(deq.intercept_)
+    eta = get_canonical_map(deq.canonical_map).value(zeta)
+    likelihood = get_family(deq.family).log_prob(torch.from_numpy(X), eta).sum(1)
+    return likelihood - 0.5 * deq.alpha * latents.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("family", "canonical_map"),
+    [
+        *PAIRS,
+        ("gaussian", Square()),
+        ("gamma", NegativeSoftplus()),
+        ("negative_binomial", NegativeSoftplus()),
+    ],
+    ids=str,
+)
+def test_fixed_point_is_a_minimum_of_the_log_joint(family, canonical_map):
+    X = sample(family)
+    deq = fitted(family, canonical_map, X)
+    result = deq.map_latents(X)
+    assert result.converged.all()
+    latents = torch.from_numpy(result.value).requires_grad_()
+    value = log_joint(deq, X, latents)
+    (gradient,) = torch.autograd.grad(value.sum(), latents)
+    gradient = gradient.numpy().copy()
+    zeta = result.value @ deq.loadings_.T + deq.intercept_
+    kink = np.abs(zeta) < 1e-6 if canonical_map == "relu" else np.zeros_like(zeta, dtype=bool)
+    gap = X_statistic(family, X) - get_family(family).mean(torch.zeros(1)).numpy()
+    for row in np.flatnonzero(kink.any(axis=1)):
+        # On a kink the gradient jumps; a minimum is where some mask between 0 and 1 makes it 0.
+        at = kink[row]
+        pulls = (deq.loadings_[at] * gap[row, at, None]).T
+        rest = gradient[row] - pulls @ (zeta[row, at] > 0)
+        solution = lsq_linear(pulls, -rest, bounds=(0, 1), tol=1e-14)
+        gradient[row] = pulls @ solution.x + rest
+    assert np.abs(gradient).max() < 1e-6
+    rng = np.random.default_rng(0)
+    # Another side of a kink, which may be lower, can be as near as it likes.
+    for size in (1e-6, 1e-5) if canonical_map == "relu" else (1e-4, 1e-3):
+        for _ in range(10):
+            step = torch.from_numpy(rng.normal(size=latents.shape) * size)
+            moved = log_joint(deq, X, latents.detach() + step)
+            assert bool((moved <= value.detach() + 1e-9 * value.detach().abs()).all())
+
+
+@pytest.mark.parametrize(("family", "canonical_map"), PAIRS, ids=str)
+def test_fit_gains_and_its_objective_never_rises(family, canonical_map):
+    deq = fitted(family, canonical_map, sample(family), max_iter=40, tol=0.0)
+    curve = np.array(deq.loss_curve_)
+    assert (np.diff(curve) <= 1e-9 * np.abs(curve[:-1])).all()
+    assert curve[-1] < curve[0]
+    assert np.isfinite(deq.components_).all()
+
+
+@pytest.mark.parametrize("canonical_map", MAPS)
+def test_derivatives_and_inverse(canonical_map):
+    law = get_canonical_map(canonical_map)
+    zeta = torch.linspace(-3.1, 3.2, 14, dtype=torch.float64).requires_grad_()
+    (first,) = torch.autograd.grad(law.value(zeta).sum(), zeta)
+    torch.testing.assert_close(law.derivative(zeta.detach()), first)
+    torch.testing.assert_close(
+        law.second_derivative(zeta.detach()), CanonicalMap.second_derivative(law, zeta)
+    )
+    eta = torch.linspace(0.15, 0.9, 7, dtype=torch.float64)
+    torch.testing.assert_close(law.value(law.inverse(eta)), eta)
+    outside = law.inverse(torch.tensor([-5.0, 0.0, 5.0], dtype=torch.float64))
+    assert torch.isfinite(outside).all()
+    assert (law.derivative(outside) > 0).all()
+
+
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli", "poisson"])
+@pytest.mark.parametrize("mask", ReLU.masks)
+def test_masks_of_the_layer(family, mask):
+    X = sample(family)
+    deq = fitted(family, ReLU(mask=mask), X)
+    result = deq.map_latents(X)
+    assert result.converged.all()
+    zeta = result.value @ deq.loadings_.T + deq.intercept_
+    activation = get_family(family).mean(torch.from_numpy(np.maximum(zeta, 0))).numpy()
+    gate = {"latents": zeta > 0, "inputs": X > 0, "off": True}[mask]
+    # The layer of the paper: z = W' [mask * (T(x) - activation(zeta))] / alpha.
+    layer = (gate * (X - activation)) @ deq.loadings_ / deq.alpha
+    # Rows that lie on a kink have a mask between 0 and 1 there.
+    smooth = (np.abs(zeta) > 1e-6).all(axis=1) | (mask != "latents")
+    assert smooth.mean() > 0.1
+    np.testing.assert_allclose(layer[smooth], result.value[smooth], atol=1e-5)
+    assert np.isfinite(deq.score(X))
+
+
+def test_relu_gaussian_data_want_the_relu():
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(600, 2))
+    loadings, intercept = 1.5 * rng.normal(size=(30, 2)), 0.3 * rng.normal(size=30)
+    mean = np.maximum(latents @ loadings.T + intercept, 0)
+    X = mean + 0.5 * rng.normal(size=mean.shape)
+    train, test = X[:400], X[400:]
+    through = fitted("gaussian", "relu", train)
+    plain = fitted("gaussian", "identity", train)
+    assert through.score(test) > plain.score(test) + 1
+    gap = [
+        np.square(deq.inverse_transform(deq.transform(test)) - mean[400:]).mean()
+        for deq in (through, plain)
+    ]
+    assert gap[0] < 0.6 * gap[1]
+
+
+@pytest.mark.parametrize("canonical_map", MAPS)
+def test_sparse_missing_and_weights(canonical_map):
+    X = sample("poisson")
+    dense = fitted("poisson", canonical_map, X)
+    sparse = fitted("poisson", canonical_map, sp.csr_array(X))
+    np.testing.assert_allclose(sparse.transform(sp.csr_array(X)), dense.transform(X), atol=1e-6)
+    gaps = X.copy()
+    gaps[::3, 2] = np.nan
+    with_gaps = fitted("poisson", canonical_map, gaps)
+    result = with_gaps.map_latents(gaps)
+    assert result.converged.all()
+    weight = np.arange(len(X)) % 3
+    weighted = ExpFamilyDEQ(
+        2, family="poisson", canonical_map=canonical_map, random_state=0, tol=1e-12, max_iter=500
+    ).fit(X, sample_weight=weight)
+    repeated = ExpFamilyDEQ(
+        2, family="poisson", canonical_map=canonical_map, random_state=0, tol=1e-12, max_iter=500
+    ).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.loss_curve_[-1], repeated.loss_curve_[-1], rtol=1e-7)
+
+
+def test_natural_parameters_are_in_the_range():
+    X = sample("bernoulli")
+    for name in MAPS:
+        deq = fitted("bernoulli", name, X)
+        eta = deq.natural_parameters(deq.transform(X))
+        limits = get_canonical_map(name).range
+        assert bool(limits.contains(torch.from_numpy(eta)).all())
+        mean = deq.inverse_transform(deq.transform(X))
+        np.testing.assert_allclose(mean, 1 / (1 + np.exp(-eta)), rtol=1e-10)
+
+
+def test_many_components_and_streams():
+    X = sample("poisson", n=300, p=40)
+    deq = ExpFamilyDEQ(20, family="poisson", canonical_map="softplus", random_state=0).fit(X)
+    assert deq.map_latents(X).converged.all()
+    deq.partial_fit(X[:50])
+    assert np.isfinite(deq.transform(X)).all()
+    adam = ExpFamilyDEQ(
+        2, canonical_map="tanh", solver="adam", max_iter=5, tol=1.0, random_state=0
+    ).fit(sample("gaussian"))
+    assert np.isfinite(adam.components_).all()
+
+
+def test_bad_pairs_are_refused_in_words():
+    for family in BOUNDED_DOMAIN:
+        with pytest.raises(ValueError, match="gives canonical parameters in .* but those of"):
+            ExpFamilyDEQ(family=family, canonical_map="relu").fit(sample(family))
+    with pytest.raises(ValueError, match="exposure='total' needs a family"):
+        ExpFamilyDEQ(family="poisson", canonical_map="relu", exposure="total").fit(
+            sample("poisson")
+        )
+    with pytest.raises(ValueError, match="mask must be one of"):
+        ReLU(mask="dropout")
