@@ -218,8 +218,7 @@ plt.show()
 # ---------------
 # A component whose distance hardly varies says nothing about a row. ``dead_components_`` lists
 # such components. The variance term keeps them alive; without it, zero distance to every row is
-# the easiest way to lower the objective, and all components take it. No warning is given: the
-# attribute is where to look.
+# the easiest way to lower the objective, and all components take it, of which a warning tells.
 
 for variance_weight in [1, 0]:
     encoder = ImplicitEMEncoder(32, variance_weight=variance_weight, random_state=0).fit(ink)

@@ -71,15 +71,19 @@ class ImplicitEMEncoder(
     Parameters
     ----------
     n_components : int, default=64
-        Number of components K; it may exceed the number of features.
+        Number of components K; it may exceed the number of features. With fewer than 32 or so
+        a smaller `lse_weight` (2, say) makes better features.
 
     activation : {"relu", "softplus", "identity", "abs"} or pair of callables, default="relu"
         phi, elementwise. "abs" is a Mahalanobis distance along one direction. A pair is the
-        function and its derivative, both of a tensor.
+        function and its derivative, both of a tensor. With "identity" the objective has no lower
+        bound: the distances fall for as long as training lasts.
 
     lse_weight : float, default=128.0
         Weight of the log-sum-exp term, a mean over rows. The published runs sum it over batches
-        of 128 rows: the same balance.
+        of 128 rows: the same balance. It makes most distances exactly zero, so that a component
+        is told by the few rows it is far from; with weights below 10 it is told by those it
+        claims.
 
     variance_weight : float, default=1.0
         Weight of the variance term. With 0 all components die.
@@ -116,7 +120,8 @@ class ImplicitEMEncoder(
         The objective stays the published one; the trajectory does not.
 
     output : {"activations", "responsibilities"}, default="activations"
-        What `transform` returns: the distances d, or ``softmax(-d)``, whose rows sum to one.
+        What `transform` returns: the distances d, or ``softmax(-d)``, whose rows sum to one. The
+        first make better features for a linear model, the second are for reading.
 
     warm_start : bool, default=False
         Whether `fit` starts from the weights of the last fit, if their shapes agree.
@@ -523,6 +528,15 @@ class ImplicitEMEncoder(
             share = weight / weight.sum()
             variance = share @ (distance - share @ distance).square_()
         self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
+        if len(self.dead_components_) == len(components):
+            warnings.warn(
+                f"All {len(components)} components of {type(self).__name__} are dead: their "
+                f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
+                f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
+                "or check that the rows differ.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
 
     def _encode(self, rows) -> torch.Tensor:
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)

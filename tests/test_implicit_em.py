@@ -121,7 +121,8 @@ def test_published_quality_on_digits():
 def test_ablation_is_as_published():
     X = digits()
     options = {"max_iter": 40, "tol": 0.0}
-    collapsed = encoder(variance_weight=0.0, decorrelation_weight=0.0, **options).fit(X)
+    with pytest.warns(ConvergenceWarning, match="All 16 components .* are dead"):
+        collapsed = encoder(variance_weight=0.0, decorrelation_weight=0.0, **options).fit(X)
     np.testing.assert_array_equal(collapsed.dead_components_, np.arange(16))
     share = collapsed.responsibilities(X)
     np.testing.assert_allclose(share, 1 / 16, atol=1e-3)
@@ -181,7 +182,8 @@ def test_awkward_data_train(name, dtype):
 
 
 def test_rows_that_are_all_alike_have_only_dead_components():
-    fitted = encoder().fit(np.ones((50, 5)))
+    with pytest.warns(ConvergenceWarning, match="check that the rows differ"):
+        fitted = encoder().fit(np.ones((50, 5)))
     np.testing.assert_array_equal(fitted.dead_components_, np.arange(16))
     assert np.isfinite(fitted.transform(np.ones((2, 5)))).all()
 
