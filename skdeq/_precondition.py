@@ -37,22 +37,25 @@ class Preconditioner:
         Mean of each feature.
     scale : float
         Positive; what the centred rows are divided by.
+    constant : float
+        The input whose weight is the bias.
     """
 
     location: Tensor
     scale: float
+    constant: float = _SQUARED_CONSTANT**0.5
 
     def fold(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (K, p) and bias (K,), float64, for rows as they came from trained (K, p + 1)."""
         weights = weights.double().cpu()
         components = weights[:, :-1] / self.scale
-        bias = _SQUARED_CONSTANT**0.5 * weights[:, -1] - components @ self.location
+        bias = self.constant * weights[:, -1] - components @ self.location
         return components, bias
 
     def unfold(self, components: Tensor, bias: Tensor) -> Tensor:
         """Weights (K, p + 1) for preconditioned rows; the inverse of :meth:`fold`."""
         components = components.double()
-        constant = (bias.double() + components @ self.location) / _SQUARED_CONSTANT**0.5
+        constant = (bias.double() + components @ self.location) / self.constant
         return torch.cat([components * self.scale, constant.unsqueeze(1)], dim=1)
 
 
@@ -120,7 +123,7 @@ class RowBatches:
         self.device = stored.device
         self._location = preconditioner.location.to(self.device, dtype)
         self._inverse = 1 / preconditioner.scale
-        self._constant = _SQUARED_CONSTANT**0.5 * preconditioner.scale
+        self._constant = preconditioner.constant * preconditioner.scale
         self._dtype = dtype
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._none = torch.zeros(1, dtype=dtype, device=self.device)
