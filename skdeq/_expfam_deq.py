@@ -9,7 +9,7 @@ from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
-from skdeq._base import Versioned, log_base_rows, to_numpy, unchanged_on_error
+from skdeq._base import Versioned, log_base_rows, to_numpy, to_tensor, unchanged_on_error
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
@@ -22,6 +22,7 @@ from skdeq.families import (
     get_family,
 )
 from skdeq.fixed_point import SOLVERS, FixedPointResult
+from skdeq.nn import EquilibriumLayer
 
 __all__ = ["ExpFamilyDEQ"]
 
@@ -429,6 +430,36 @@ class ExpFamilyDEQ(
             Mean log-likelihood of a row.
         """
         return float(np.mean(self.score_samples(X)))
+
+    def to_module(self):
+        """Return the fitted equilibrium layer as a torch module, to be trained further.
+
+        Called on rows of a tensor it returns what `transform` returns, with gradients.
+
+        Returns
+        -------
+        skdeq.nn.EquilibriumLayer
+            In float64 or float32 as the model was fitted, on the CPU.
+        """
+        check_is_fitted(self)
+        p, k = self.loadings_.shape
+        layer = EquilibriumLayer(
+            p,
+            k,
+            family=self.family,
+            canonical_map=self.canonical_map,
+            alpha=self.alpha,
+            tol=self.fixed_point_tol,
+            max_iter=self.fixed_point_max_iter,
+        )
+        parts = {"loadings": self.loadings_, "intercept": self.intercept_}
+        for name, array in parts.items():
+            setattr(layer, name, torch.nn.Parameter(to_tensor(array).clone()))
+        if not self.whiten:
+            layer.rotation = to_tensor(self._to_scores).clone()
+        if self.exposure is not None:
+            layer.exposure_profile = to_tensor(self._exposure_profile).to(layer.loadings.dtype)
+        return layer
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y=None, sample_weight=None):

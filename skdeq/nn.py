@@ -1,0 +1,234 @@
+"""The equilibrium layer as a torch module, to be trained within a network."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skdeq._canonical import MappedFamily
+from skdeq._latents import solve_latents
+from skdeq._model import Setting, row_problem
+from skdeq._observations import Observations
+from skdeq.families import Family, Identity, get_canonical_map, get_family
+from skdeq.fixed_point import FixedPointResult
+from skdeq.implicit import attach_gradient
+
+__all__ = ["EquilibriumLayer"]
+
+# A row without any count is given this share of the mean exposure, as the estimator does.
+_LEAST_EXPOSURE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows as the layer sees them: statistics with zeros in the gaps, and the gaps."""
+
+    statistic: Tensor
+    observed: Tensor | None
+    offset: Tensor | None
+
+
+class EquilibriumLayer(nn.Module):
+    r"""Maximum-a-posteriori latents of rows, as a layer with an implicit backward pass.
+
+    Forward it solves the equilibrium of :class:`~skdeq.ExpFamilyDEQ`,
+
+    .. math:: z = f(z) = \alpha^{-1} W^\top [m \circ R'(\zeta) \circ (T(x) - A'(R(\zeta)))],
+              \qquad \zeta = W z + b + o,
+
+    row by row. Backward it solves one k x k system per row: the memory it takes does not depend
+    on the number of iterations, of which nothing is kept [1]_ (Section 3). The gradient reaches
+    loadings, intercept and the inputs; there is no second derivative.
+
+    Parameters
+    ----------
+    in_features : int
+        Number of features p.
+    n_components : int
+        Number of latents k.
+    family : str or Family, default="gaussian"
+        Law of the entries.
+    canonical_map : str or CanonicalMap, default="identity"
+        Map R from the linear predictor to the canonical parameter. A map that may end on a kink
+        (ReLU with its exact mask) has no derivative there: the one used is that of a neighbour.
+    alpha : float, default=1.0
+        Prior precision of the latents, positive.
+    tol : float, default=1e-6
+        Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`.
+    max_iter : int, default=50
+        Iterations of Newton's method.
+
+    Attributes
+    ----------
+    loadings : Parameter of shape (p, k)
+    intercept : Parameter of shape (p,)
+    rotation : Tensor of shape (k, k) or None
+        What latents are multiplied by on the way out; of a module made by
+        :meth:`ExpFamilyDEQ.to_module` with ``whiten=False``, the map to its scores.
+    exposure_profile : Tensor of shape (p,) or None
+        Mean of each feature in training; where given, the offset of a row is the logarithm of
+        its total over the total expected of its observed entries.
+
+    See Also
+    --------
+    skdeq.ExpFamilyDEQ.to_module : The layer of a fitted estimator.
+
+    References
+    ----------
+    .. [1] R. Tsuchida and C. S. Ong (2023). Deep equilibrium models as estimators for
+       continuous latent variables. AISTATS, PMLR 206, 1646-1671. arXiv:2211.05943.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.nn import EquilibriumLayer
+    >>> _ = torch.manual_seed(0)
+    >>> network = torch.nn.Sequential(
+    ...     EquilibriumLayer(20, 3, family="poisson"), torch.nn.Linear(3, 2)
+    ... )
+    >>> counts = torch.poisson(torch.full((8, 20), 2.0))
+    >>> network(counts).square().sum().backward()
+    >>> network[0].loadings.grad.shape
+    torch.Size([20, 3])
+    """
+
+    def __init__(
+        self,
+        in_features,
+        n_components,
+        *,
+        family="gaussian",
+        canonical_map="identity",
+        alpha=1.0,
+        tol=1e-6,
+        max_iter=50,
+    ):
+        super().__init__()
+        if not alpha > 0:
+            raise ValueError(
+                f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
+            )
+        self.family = _law(family, canonical_map)
+        self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
+        self.loadings = nn.Parameter(torch.empty(in_features, n_components))
+        self.intercept = nn.Parameter(torch.empty(in_features))
+        self.register_buffer("rotation", None)
+        self.register_buffer("exposure_profile", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw small loadings, and an intercept inside the domain of the family."""
+        nn.init.normal_(self.loadings, std=1 / math.sqrt(self.loadings.shape[0]))
+        inside = -1.0 if self.family.base.domain.high <= 0 else 0.0
+        start = torch.full_like(self.intercept, inside)
+        if not self.family.is_canonical:
+            start = self.family.canonical_map.inverse(start)
+        self.intercept.copy_(start)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        p, k = self.loadings.shape
+        return (
+            f"in_features={p}, n_components={k}, family={self.family.name!r}, alpha={self.alpha}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Latents of rows.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n, p)
+            Observations in the support of the family, which is not checked; NaN where missing.
+
+        Returns
+        -------
+        Tensor of shape (n, k)
+            Latents, or scores where there is a rotation.
+        """
+        batch = self._batch(x)
+        latents = self._solve(batch).value
+        latents = attach_gradient(
+            latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
+        )
+        return latents if self.rotation is None else latents @ self.rotation
+
+    def certify(self, x: Tensor) -> FixedPointResult:
+        """Latents of rows with their certificates of convergence, without gradients.
+
+        Parameters
+        ----------
+        x : Tensor of shape (n, p)
+
+        Returns
+        -------
+        FixedPointResult
+        """
+        return self._solve(self._batch(x))
+
+    def _batch(self, x: Tensor) -> _Batch:
+        if x.dim() != 2 or x.shape[1] != len(self.loadings):
+            raise ValueError(f"x must have shape (n, {len(self.loadings)}); got {tuple(x.shape)}.")
+        missing = torch.isnan(x)
+        gaps = bool(missing.any())
+        filled = torch.where(missing, torch.ones_like(x), x) if gaps else x
+        statistic = self.family.sufficient(filled)
+        if gaps:
+            statistic = torch.where(missing, 0.0, statistic)
+        observed = (~missing).to(x.dtype) if gaps else None
+        offset = None
+        if self.exposure_profile is not None:
+            profile = self.exposure_profile
+            expected = profile.sum() if observed is None else observed @ profile
+            total = torch.where(missing, 0.0, x).sum(1)
+            least = _LEAST_EXPOSURE * profile.sum()
+            offset = torch.log(total.clamp_min(least) / expected.clamp_min(least))
+        return _Batch(statistic, observed, offset)
+
+    def _setting(self, batch: _Batch) -> Setting:
+        gaps = None if batch.observed is None else batch.observed == 0
+        return Setting(
+            family=self.family,
+            observations=Observations(batch.statistic.detach(), gaps),
+            alpha=self.alpha,
+            weight_decay=0.0,
+            row_offset=None if batch.offset is None else batch.offset.detach(),
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _solve(self, batch: _Batch) -> FixedPointResult:
+        return solve_latents(
+            self._setting(batch),
+            self.loadings.detach(),
+            self.intercept.detach(),
+            method="newton",
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _hessian(self, batch: _Batch, latents: Tensor) -> Tensor:
+        problem = row_problem(
+            self._setting(batch), self.loadings.detach(), self.intercept.detach()
+        )
+        rows = torch.arange(len(latents), device=latents.device)
+        return problem.derivatives(latents, rows)[2]
+
+    def _gradient(self, batch: _Batch, latents: Tensor) -> Tensor:
+        """Gradient of the energy in the latents, differentiable in all else."""
+        predictor = torch.addmm(self.intercept, latents, self.loadings.T)
+        if batch.offset is not None:
+            predictor = predictor + batch.offset.unsqueeze(1)
+        slope = self.family.energy(predictor, batch.statistic)[1]
+        if batch.observed is not None:
+            slope = torch.where(batch.observed == 0, 0.0, slope)
+        return slope @ self.loadings + self.alpha * latents
+
+
+def _law(family: str | Family, canonical_map) -> Family:
+    """Family as a function of the linear predictor."""
+    family, canonical_map = get_family(family), get_canonical_map(canonical_map)
+    return family if canonical_map == Identity() else MappedFamily(family, canonical_map)
