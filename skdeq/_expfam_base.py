@@ -166,6 +166,15 @@ class LatentVariableEstimator(BaseEstimator):
         self._start_map = to_numpy(fit_start_map(setting, model), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
 
+    def _replace_parameters(self, loadings: np.ndarray, intercept: np.ndarray) -> None:
+        """Take over parameters that were trained elsewhere, and turn the scores accordingly."""
+        covariance = to_tensor(self._moments[1])
+        components, to_scores = orthonormal_scores(to_tensor(loadings), covariance)
+        dtype = self.loadings_.dtype
+        self.loadings_, self.intercept_ = loadings.astype(dtype), intercept.astype(dtype)
+        self.components_ = to_numpy(components, dtype)
+        self._to_scores = to_numpy(to_scores, dtype)
+
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept = self._parameters(setting)

@@ -443,15 +443,17 @@ class ExpFamilyDEQ(
         """
         check_is_fitted(self)
         p, k = self.loadings_.shape
-        layer = EquilibriumLayer(
-            p,
-            k,
-            family=self.family,
-            canonical_map=self.canonical_map,
-            alpha=self.alpha,
-            tol=self.fixed_point_tol,
-            max_iter=self.fixed_point_max_iter,
-        )
+        # What a new layer draws is thrown away, and must not move torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            layer = EquilibriumLayer(
+                p,
+                k,
+                family=self.family,
+                canonical_map=self.canonical_map,
+                alpha=self.alpha,
+                tol=self.fixed_point_tol,
+                max_iter=self.fixed_point_max_iter,
+            )
         parts = {"loadings": self.loadings_, "intercept": self.intercept_}
         for name, array in parts.items():
             setattr(layer, name, torch.nn.Parameter(to_tensor(array).clone()))

@@ -134,13 +134,15 @@ class EquilibriumLayer(nn.Module):
             f"in_features={p}, n_components={k}, family={self.family.name!r}, alpha={self.alpha}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """Latents of rows.
 
         Parameters
         ----------
         x : Tensor of shape (n, p)
             Observations in the support of the family, which is not checked; NaN where missing.
+        start : Tensor of shape (n, k), optional
+            Latents to start from, such as those of the last visit; zero by default.
 
         Returns
         -------
@@ -148,7 +150,7 @@ class EquilibriumLayer(nn.Module):
             Latents, or scores where there is a rotation.
         """
         batch = self._batch(x)
-        latents = self._solve(batch).value
+        latents = self._solve(batch, start).value
         latents = attach_gradient(
             latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
         )
@@ -198,7 +200,7 @@ class EquilibriumLayer(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _solve(self, batch: _Batch) -> FixedPointResult:
+    def _solve(self, batch: _Batch, start: Tensor | None = None) -> FixedPointResult:
         return solve_latents(
             self._setting(batch),
             self.loadings.detach(),
@@ -206,6 +208,7 @@ class EquilibriumLayer(nn.Module):
             method="newton",
             tol=self.tol,
             max_iter=self.max_iter,
+            start=None if start is None else start.detach(),
         )
 
     @torch.compiler.disable

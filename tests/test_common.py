@@ -4,7 +4,7 @@ import pytest
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
+from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
 
 ESTIMATORS = [
     ExpFamilyDEQ(),
@@ -15,6 +15,8 @@ ESTIMATORS = [
     ImplicitEMEncoder(
         8, activation="softplus", solver="adam", learning_rate=0.001, output="responsibilities"
     ),
+    DEQClassifier(),
+    DEQRegressor(),
 ]
 
 

@@ -1,0 +1,276 @@
+"""Training of a head on the equilibrium layer, and of the layer with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skdeq._base import rows_of, to_numpy, to_tensor
+from skdeq._progress import reporter
+from skdeq.nn import EquilibriumLayer
+
+__all__ = ["Head", "HeadOptions", "HeadTrainer", "TrainingRows"]
+
+
+@dataclass
+class Head:
+    """ReLU network on standardised latents, as numpy arrays.
+
+    Attributes
+    ----------
+    centre, scale : ndarray of shape (k,)
+        Location and scale of the latents before training.
+    coefs : list of ndarray of shape (n_in, n_out)
+    intercepts : list of ndarray of shape (n_out,)
+    """
+
+    centre: np.ndarray
+    scale: np.ndarray
+    coefs: list[np.ndarray]
+    intercepts: list[np.ndarray]
+
+    @classmethod
+    def start(
+        cls,
+        latents: np.ndarray,
+        sample_weight: np.ndarray | None,
+        hidden: tuple[int, ...],
+        n_outputs: int,
+        generator: torch.Generator,
+    ) -> "Head":
+        """Head before training, its weights drawn as those of ``torch.nn.Linear`` are."""
+        centre = np.average(latents, axis=0, weights=sample_weight)
+        spread = np.average(np.square(latents - centre), axis=0, weights=sample_weight)
+        scale = np.sqrt(np.where(spread > 1e-12, spread, 1.0))
+        sizes = (latents.shape[1], *hidden, n_outputs)
+        coefs, intercepts = [], []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            drawn = torch.rand(n_in + 1, n_out, generator=generator, dtype=torch.float64)
+            drawn = ((2 * drawn - 1) / n_in**0.5).numpy().astype(latents.dtype)
+            coefs.append(drawn[:-1])
+            intercepts.append(drawn[-1])
+        return cls(centre, scale, coefs, intercepts)
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        """Compute the outputs (n, n_outputs)."""
+        values = (latents - self.centre) / self.scale
+        for coef, intercept in zip(self.coefs[:-1], self.intercepts[:-1], strict=True):
+            values = np.maximum(values @ coef + intercept, 0)
+        return (values @ self.coefs[-1] + self.intercepts[-1]).astype(latents.dtype)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Options of a fit, as the estimators document them."""
+
+    fine_tune: bool
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    max_iter: int
+    tol: float
+    n_iter_no_change: int
+    name: str
+    verbose: int
+
+
+@dataclass
+class TrainingRows:
+    """What a fit is given: validated data, targets, weights, and the latents of every row.
+
+    Attributes
+    ----------
+    X : ndarray or CSR array of shape (n, p)
+    targets : ndarray of shape (n,)
+    sample_weight : ndarray of shape (n,) or None
+    latents : ndarray of shape (n, k)
+        Of the backbone before training.
+    device : torch.device
+    """
+
+    X: object
+    targets: np.ndarray
+    sample_weight: np.ndarray | None
+    latents: np.ndarray
+    device: torch.device
+
+
+class HeadTrainer:
+    """The head and the equilibrium layer in training.
+
+    Parameters
+    ----------
+    layer : EquilibriumLayer
+    head : Head
+    options : HeadOptions
+    rows : TrainingRows
+    loss : callable
+        ``loss(outputs, targets)`` gives the loss of each row.
+    """
+
+    def __init__(
+        self,
+        layer: EquilibriumLayer,
+        head: Head,
+        options: HeadOptions,
+        rows: TrainingRows,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ):
+        self.options, self.rows, self.loss = options, rows, loss
+        dtype = to_tensor(np.empty(0, rows.X.dtype)).dtype
+        like = {"dtype": dtype, "device": rows.device}
+        self.layer = layer.to(**like)
+        self.layer.rotation = None
+        self._centre = to_tensor(head.centre).to(**like)
+        self._scale = to_tensor(head.scale).to(**like)
+        self._weights = [to_tensor(coef).to(**like).clone() for coef in head.coefs]
+        self._biases = [to_tensor(bias).to(**like).clone() for bias in head.intercepts]
+        self._parameters = [*self._weights, *self._biases]
+        groups = [
+            {"params": self._weights, "weight_decay": options.weight_decay},
+            {"params": self._biases, "weight_decay": 0.0},
+        ]
+        if options.fine_tune:
+            backbone = [self.layer.loadings, self.layer.intercept]
+            groups.append({"params": backbone, "weight_decay": 0.0})
+            self._parameters += backbone
+        for parameter in self._parameters:
+            parameter.requires_grad_()
+        self.optimiser = torch.optim.AdamW(groups, lr=options.learning_rate)
+        targets = to_tensor(rows.targets)
+        self._targets = targets.to(rows.device, dtype if targets.is_floating_point() else None)
+        self._sample_weight = None
+        if rows.sample_weight is not None:
+            self._sample_weight = to_tensor(rows.sample_weight).to(**like)
+        # Where the rows were at their last visit: a start from which a step or two suffices.
+        self._latents = to_tensor(rows.latents).to(**like).clone()
+        self.loss_curve: list[float] = []
+        self.scores: list[float] = []
+
+    def _network(self, index: Tensor) -> Tensor:
+        if self.options.fine_tune:
+            x = rows_of(self.rows.X, index, self.rows.device)
+            latents = self.layer(x, self._latents[index])
+            self._latents[index] = latents.detach()
+        else:
+            latents = self._latents[index]
+        values = (latents - self._centre) / self._scale
+        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
+            values = torch.relu(torch.addmm(bias, values, weight))
+        return torch.addmm(self._biases[-1], values, self._weights[-1])
+
+    def outputs(self, index: np.ndarray) -> np.ndarray:
+        """Compute the outputs of the network for some rows."""
+        with torch.no_grad():
+            batches = torch.from_numpy(index).to(self.rows.device).split(self._batch_rows())
+            return to_numpy(torch.cat([self._network(batch) for batch in batches]))
+
+    def _batch_rows(self) -> int:
+        return max(self.options.batch_size, 1024)
+
+    def _epoch(self, order: Tensor) -> float:
+        """Take one step for each minibatch; return the mean loss."""
+        count = -(-len(order) // self.options.batch_size)
+        weight = self._sample_weight
+        total = float(len(order)) if weight is None else weight[order].sum()
+        summed = 0.0
+        for index in order.tensor_split(count):
+            self.optimiser.zero_grad(set_to_none=True)
+            losses = self.loss(self._network(index), self._targets[index])
+            loss = losses.sum() if weight is None else losses @ weight[index]
+            (loss * (count / total)).backward()
+            gradients = [one.grad for one in self._parameters]
+            # A step out of the domain of the family, or of the finite numbers, is not taken.
+            if all(bool(torch.isfinite(one).all()) for one in gradients):
+                self.optimiser.step()
+            summed += float(loss.detach())
+        return summed / float(total)
+
+    def pass_once(self, rows: np.ndarray) -> None:
+        """Go once through rows in the order given."""
+        self.loss_curve.append(self._epoch(torch.from_numpy(rows).to(self.rows.device)))
+
+    def fit(
+        self,
+        rows: np.ndarray,
+        generator: torch.Generator,
+        score: Callable[[], float] | None = None,
+    ) -> bool:
+        """Train until the loss, or else the score, makes no more progress; return whether it did.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Rows to train on.
+        generator : torch.Generator
+            Draws the minibatches.
+        score : callable, optional
+            Score on other rows; the parameters of the best epoch are kept.
+
+        Returns
+        -------
+        bool
+        """
+        options = self.options
+        report = reporter(options.name, "epoch", options.verbose)
+        best, kept, quiet = -np.inf, None, 0
+        rows = torch.from_numpy(rows)
+        for epoch in range(1, options.max_iter + 1):
+            order = rows
+            if len(rows) > options.batch_size:
+                order = rows[torch.randperm(len(rows), generator=generator)]
+            loss = self._epoch(order.to(self.rows.device))
+            self.loss_curve.append(loss)
+            merit = -loss
+            if score is not None:
+                merit = score()
+                self.scores.append(merit)
+            if report is not None:
+                report(epoch, loss)
+            quiet = 0 if merit > best + options.tol else quiet + 1
+            if merit > best:
+                best = merit
+                if score is not None:
+                    kept = [parameter.detach().clone() for parameter in self._parameters]
+            if quiet >= options.n_iter_no_change:
+                break
+        if kept is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, kept, strict=True):
+                    parameter.copy_(value)
+        return quiet >= options.n_iter_no_change
+
+    def head_arrays(self) -> Head:
+        """Return the head as trained."""
+        return Head(
+            to_numpy(self._centre),
+            to_numpy(self._scale),
+            [to_numpy(weight) for weight in self._weights],
+            [to_numpy(bias) for bias in self._biases],
+        )
+
+    def backbone_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return loadings (p, k) and intercept (p,) as trained."""
+        return to_numpy(self.layer.loadings), to_numpy(self.layer.intercept)
+
+    def state(self) -> list[dict[str, np.ndarray]]:
+        """State of the optimiser to go on from, one entry for each parameter."""
+        return [
+            {name: to_numpy(value) for name, value in self.optimiser.state[one].items()}
+            for one in self._parameters
+        ]
+
+    def load_state(self, state: list[dict[str, np.ndarray]] | None) -> None:
+        """Take over a state, unless it is that of other parameters."""
+        if state is None or len(state) != len(self._parameters):
+            return
+        for parameter, values in zip(self._parameters, state, strict=True):
+            if values:
+                self.optimiser.state[parameter] = {
+                    name: to_tensor(value).to(
+                        parameter if value.ndim else parameter.new_empty(0, device="cpu")
+                    )
+                    for name, value in values.items()
+                }

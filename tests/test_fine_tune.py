@@ -1,0 +1,254 @@
+"""DEQClassifier and DEQRegressor: what fine-tuning gains, and scikit-learn's manners."""
+
+import doctest
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import CUDA, sample
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+
+from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
+
+# Training that is cut short on purpose says so.
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+def data(family="poisson", n=400, seed=0):
+    """Rows of a model of rank 2, with classes and numbers that depend on the latents."""
+    X = sample(family, n=n, p=12, seed=seed)
+    latents = ExpFamilyDEQ(2, family=family, random_state=0).fit_transform(X)
+    number = np.sin(2 * latents[:, 0]) + latents[:, 1]
+    return X, np.array(["low", "high"])[(number > np.median(number)).astype(int)], number
+
+
+def classifier(family="poisson", **options):
+    backbone = ExpFamilyDEQ(2, family=family)
+    return DEQClassifier(backbone, **{"random_state": 0, "max_iter": 15, **options})
+
+
+def regressor(family="poisson", **options):
+    backbone = ExpFamilyDEQ(2, family=family)
+    return DEQRegressor(backbone, **{"random_state": 0, "max_iter": 15, **options})
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli", "gamma"])
+def test_learns_and_predicts(family):
+    X, label, number = data(family)
+    fitted = classifier(family).fit(X[:300], label[:300])
+    # The labels come from latents that twelve noisy entries only hint at.
+    assert fitted.score(X[300:], label[300:]) > 0.7
+    probability = fitted.predict_proba(X[300:])
+    np.testing.assert_allclose(probability.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(fitted.classes_[probability.argmax(1)], fitted.predict(X[300:]))
+    assert (
+        regressor(family, max_iter=60).fit(X[:300], number[:300]).score(X[300:], number[300:])
+        > 0.6
+    )
+    assert fitted.loss_curve_[-1] < fitted.loss_curve_[0]
+
+
+def test_fine_tuning_changes_the_backbone_and_helps():
+    X, label = load_digits(return_X_y=True)
+    backbone = ExpFamilyDEQ(6, family="poisson", random_state=0).fit(X[:1000])
+    before = backbone.loadings_.copy()
+    scores = {}
+    for fine_tune in (False, True):
+        fitted = DEQClassifier(backbone, fine_tune=fine_tune, max_iter=30, random_state=0)
+        fitted.fit(X[:1000], label[:1000])
+        scores[fine_tune] = fitted.score(X[1000:], label[1000:])
+        moved = np.abs(fitted.backbone_.loadings_ - before).max()
+        assert (moved > 0.01) == fine_tune
+        np.testing.assert_allclose(
+            fitted.backbone_.components_ @ fitted.backbone_.components_.T, np.eye(6), atol=1e-8
+        )
+    assert scores[True] > scores[False] + 0.02
+    np.testing.assert_array_equal(backbone.loadings_, before)
+
+
+def test_gradient_step_lowers_the_loss_as_autograd_says():
+    X, label, _ = data()
+    fitted = classifier(max_iter=1, batch_size=400, learning_rate=1e-9).fit(X, label)
+    probability = fitted.predict_proba(X)
+    codes = (label == fitted.classes_[1]).astype(int)
+    expected = -np.log(probability[np.arange(len(X)), codes]).mean()
+    np.testing.assert_allclose(fitted.loss_curve_[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_early_stopping_keeps_the_best_epoch(make):
+    X, label, number = data()
+    y = label if make is classifier else number
+    fitted = make(early_stopping=True, validation_fraction=0.25, max_iter=200, n_iter_no_change=5)
+    fitted.fit(X, y)
+    scores = fitted.validation_scores_
+    assert len(scores) == fitted.n_iter_ < 200
+    assert len(scores) - 1 - int(np.argmax(scores)) <= 5 + 5
+    assert make(max_iter=2).fit(X, y).validation_scores_ is None
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_weights_equal_repetition_up_to_a_batch(make):
+    X, label, number = data(n=40)
+    y = label if make is classifier else number
+    weight = np.random.default_rng(0).integers(0, 4, size=40)
+    weighted = make(max_iter=5).fit(X, y, sample_weight=weight)
+    repeated = make(max_iter=5).fit(np.repeat(X, weight, axis=0), np.repeat(y, weight))
+    np.testing.assert_allclose(weighted.coefs_[0], repeated.coefs_[0], atol=1e-5)
+    zero = make(max_iter=5).fit(X[weight > 0], y[weight > 0], sample_weight=weight[weight > 0])
+    np.testing.assert_array_equal(weighted.coefs_[0], zero.coefs_[0])
+
+
+def test_weights_count_in_large_data():
+    X, label, _ = data()
+    weight = np.where(label == "low", 20.0, 1.0)
+    even = classifier().fit(X, label)
+    uneven = classifier().fit(X, label, sample_weight=weight)
+    assert (uneven.predict(X) == "low").mean() > (even.predict(X) == "low").mean()
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_partial_fit_and_warm_start_go_on(make):
+    X, label, number = data()
+    y = label if make is classifier else number
+    options = {"classes": np.unique(label)} if make is classifier else {}
+    stream = make()
+    stream.partial_fit(X[:100], y[:100], **options)
+    for _ in range(8):
+        for start in range(0, 400, 100):
+            stream.partial_fit(X[start : start + 100], y[start : start + 100])
+    assert stream.n_iter_ == len(stream.loss_curve_) == 33
+    assert stream.score(X, y) > (0.8 if make is classifier else 0.5)
+    again = pickle.loads(pickle.dumps(stream))
+    again.partial_fit(X[:100], y[:100])
+    stream.partial_fit(X[:100], y[:100])
+    np.testing.assert_array_equal(again.coefs_[0], stream.coefs_[0])
+    warm = make(warm_start=True, max_iter=5).fit(X, y)
+    first = warm.loss_curve_[0]
+    assert warm.fit(X, y).loss_curve_[0] < first
+
+
+def test_partial_fit_wants_the_classes_first():
+    X, label, _ = data()
+    with pytest.raises(ValueError, match="classes must be given"):
+        classifier().partial_fit(X, label)
+    fitted = classifier().partial_fit(X, label, classes=["high", "low", "other"])
+    assert fitted.predict_proba(X).shape == (400, 3)
+    with pytest.raises(ValueError, match="label 'new', which is not among"):
+        fitted.partial_fit(X, np.where(label == "low", "new", label))
+
+
+def test_missing_sparse_and_float32():
+    X, label, _ = data()
+    dense = classifier(max_iter=3).fit(X, label)
+    sparse = classifier(max_iter=3).fit(sp.csr_array(X), label)
+    np.testing.assert_allclose(sparse.coefs_[0], dense.coefs_[0], atol=1e-6)
+    np.testing.assert_allclose(
+        sparse.predict_proba(sp.csr_array(X)), dense.predict_proba(X), atol=1e-5
+    )
+    gaps = X.copy()
+    gaps[::4, 3] = np.nan
+    assert classifier().fit(gaps, label).score(gaps, label) > 0.8
+    single = classifier(max_iter=3).fit(X.astype(np.float32), label)
+    assert single.coefs_[0].dtype == np.float32
+    np.testing.assert_allclose(single.predict_proba(X), dense.predict_proba(X), atol=0.02)
+
+
+def test_same_seed_same_bytes_and_global_generators_left_alone():
+    X, label, _ = data()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, two = (classifier(max_iter=3).fit(X, label) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert one.coefs_[0].tobytes() == two.coefs_[0].tobytes()
+    assert one.backbone_.loadings_.tobytes() == two.backbone_.loadings_.tobytes()
+
+
+def test_search_pickles_and_clones():
+    X, label, _ = data()
+    grid = {"backbone__n_components": [1, 2], "head_layer_sizes": [(), (20,)]}
+    search = GridSearchCV(classifier(max_iter=5), grid, cv=2).fit(X, label)
+    assert search.best_score_ > 0.7
+    fitted = search.best_estimator_
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(fitted)).predict_proba(X), fitted.predict_proba(X)
+    )
+    assert not hasattr(clone(fitted), "coefs_")
+
+
+def test_backbone_that_is_fitted_is_used_as_it_is():
+    pd = pytest.importorskip("pandas")
+    X, label, _ = data()
+    frame = pd.DataFrame(X, columns=[f"gene {i}" for i in range(12)])
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(frame)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = DEQClassifier(backbone, fine_tune=False, max_iter=3).fit(frame, label)
+        fitted.predict(frame)
+    np.testing.assert_array_equal(fitted.backbone_.loadings_, backbone.loadings_)
+    linear = LogisticRegression().fit(backbone.transform(frame), label)
+    assert fitted.set_params(max_iter=30).fit(frame, label).score(frame, label) > (
+        linear.score(backbone.transform(frame), label) - 0.05
+    )
+    with pytest.raises(ValueError, match="X has 5 features, but the backbone was fitted on 12"):
+        DEQClassifier(backbone).fit(X[:, :5], label)
+
+
+def test_bad_input_is_a_sentence_and_changes_nothing():
+    X, label, number = data()
+    fitted = classifier(max_iter=2).fit(X, label)
+    before = dict(vars(fitted))
+    negative = X.copy()
+    negative[7, 3] = -1
+    for bad_X, bad_y, message in [
+        (negative, label, "row 7, column 3 of X is -1"),
+        (X, label[:-1], "X has 400, y has 399"),
+        (X, np.repeat("one", 400), "needs at least two classes"),
+        (X, number, "Unknown label type"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fitted.fit(bad_X, bad_y)
+        assert vars(fitted) == before
+    with pytest.raises(ValueError, match="Input y contains NaN or infinity: row 5"):
+        regressor().fit(X, np.where(np.arange(400) == 5, np.nan, number))
+    with pytest.raises(ValueError, match="'backbone' parameter"):
+        DEQClassifier(LogisticRegression()).fit(X, label)
+    with pytest.raises(NotFittedError):
+        classifier().predict(X)
+    with pytest.warns(ConvergenceWarning, match="did not converge: after max_iter=2 epochs"):
+        classifier(max_iter=2).fit(X, label)
+
+
+def test_verbose_prints_a_line_for_each_epoch(capsys):
+    X, label, _ = data(n=60)
+    classifier(verbose=1, max_iter=3).fit(X, label)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("[DEQClassifier] epoch")]) == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_devices_agree(device):
+    X, label, _ = data()
+    expected = classifier(max_iter=3, device="cpu").fit(X, label)
+    fitted = classifier(max_iter=3, device=device).fit(X, label)
+    np.testing.assert_allclose(fitted.predict_proba(X), expected.predict_proba(X), atol=1e-4)
+
+
+def test_docstring_examples_run():
+    import skdeq._fine_tune as module
+
+    for estimator in (DEQClassifier, DEQRegressor):
+        runner = doctest.DocTestRunner()
+        (case,) = doctest.DocTestFinder(recurse=False).find(
+            estimator, estimator.__name__, module=False, globs=vars(module).copy()
+        )
+        assert case.examples
+        assert not runner.run(case).failed
