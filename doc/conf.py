@@ -4,7 +4,10 @@
 #
 # It links into the documentation of the packages below, so it needs the network.
 
+from pathlib import Path
+
 import skdeq
+from skdeq._architecture import correspondence_table
 
 project = "skdeq"
 author = "the skdeq developers"
@@ -20,7 +23,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_architecture.rst"]
 
 autosummary_generate = True
 # The class template lists the members; numpydoc would list them a second time.
@@ -42,6 +45,9 @@ sphinx_gallery_conf = {
     "backreferences_dir": "generated/backreferences",
     "abort_on_example_error": True,
 }
+
+# The table of the guide comes from the families themselves.
+Path(__file__).with_name("_architecture.rst").write_text(correspondence_table())
 
 html_theme = "pydata_sphinx_theme"
 html_title = "skdeq"

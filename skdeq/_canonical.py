@@ -24,6 +24,8 @@ class Identity(CanonicalMap):
     tensor([1., 1.])
     """
 
+    formula, derivative_formula = "zeta", "1"
+
     def value(self, zeta):
         """Return `zeta` itself."""
         return zeta
@@ -64,6 +66,7 @@ class ReLU(CanonicalMap):
 
     range = Interval(0, math.inf, True, False)
     masks = ("latents", "inputs", "off")
+    formula = "max(zeta, 0)"
     # The first for fits; the others lead Newton's method to a kink, to within the last.
     widths = (1e-2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
@@ -75,6 +78,11 @@ class ReLU(CanonicalMap):
         if mask != "latents":
             # Their energies have no kinks.
             self.widths = ()
+
+    @property
+    def derivative_formula(self):
+        """The mask as text."""
+        return {"latents": "1[zeta > 0]", "inputs": "1[T(x) > 0]", "off": "1"}[self.mask]
 
     def smoothed(self, width):
         """Return the map with the kink rounded off over ``[0, width]`` by a parabola.
@@ -143,6 +151,7 @@ class Softplus(CanonicalMap):
     """
 
     range = Interval(0, math.inf, False, False)
+    formula, derivative_formula = "log(1 + exp(zeta))", "sigmoid(zeta)"
 
     def value(self, zeta):
         """Return ``log(1 + exp(zeta))``."""
@@ -175,6 +184,7 @@ class Tanh(CanonicalMap):
     """
 
     range = Interval(-1, 1, False, False)
+    formula, derivative_formula = "tanh(zeta)", "1 - tanh(zeta)^2"
 
     def value(self, zeta):
         """Return ``tanh(zeta)``."""

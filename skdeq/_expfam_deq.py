@@ -9,6 +9,7 @@ from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
+from skdeq._architecture import describe
 from skdeq._base import Versioned, log_base_rows, to_numpy, to_tensor, unchanged_on_error
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
@@ -430,6 +431,25 @@ class ExpFamilyDEQ(
             Mean log-likelihood of a row.
         """
         return float(np.mean(self.score_samples(X)))
+
+    def architecture(self):
+        """Describe the equilibrium layer that family and canonical map amount to.
+
+        Needs no data: it is a matter of the parameters.
+
+        Returns
+        -------
+        Architecture
+            With the fields `family`, `canonical_map`, `log_partition`, `canonical_parameter`,
+            `activation` and `mask`, all text; printed, a table.
+
+        Examples
+        --------
+        >>> from skdeq import ExpFamilyDEQ
+        >>> ExpFamilyDEQ(family="bernoulli").architecture().activation
+        'sigmoid(zeta)'
+        """
+        return describe(get_family(self.family), get_canonical_map(self.canonical_map))
 
     def to_module(self):
         """Return the fitted equilibrium layer as a torch module, to be trained further.

@@ -35,6 +35,8 @@ class Gaussian(Family):
     """
 
     name = "gaussian"
+    log_partition_formula = "{eta}^2 / 2"
+    mean_formula = "{eta}"
     accepts = "finite real numbers"
     variance_bound = 1.0
     self_concordance = 0.0
@@ -147,6 +149,8 @@ class Bernoulli(_Logistic):
     """
 
     name = "bernoulli"
+    log_partition_formula = "log(1 + exp({eta}))"
+    mean_formula = "sigmoid({eta})"
     support = Interval(0, 1, True, True)
     accepts = "0, 1 or fractions between them"
     variance_bound = 0.25
@@ -179,6 +183,8 @@ class Binomial(_Logistic):
     """
 
     name = "binomial"
+    log_partition_formula = "N log(1 + exp({eta}))"
+    mean_formula = "N sigmoid({eta})"
 
     def __init__(self, n_trials=10):
         if not isinstance(n_trials, numbers.Integral) or isinstance(n_trials, bool):
@@ -257,6 +263,8 @@ class ContinuousBernoulli(Family):
     """
 
     name = "continuous_bernoulli"
+    log_partition_formula = "log((exp({eta}) - 1) / {eta})"
+    mean_formula = "1 / (1 - exp(-{eta})) - 1 / {eta}"
     support = Interval(0, 1, True, True)
     accepts = "proportions between 0 and 1"
     variance_bound = 1 / 12
@@ -336,6 +344,8 @@ class Rademacher(Family):
     """
 
     name = "rademacher"
+    log_partition_formula = "log(2 cosh({eta}))"
+    mean_formula = "tanh({eta})"
     support = Interval(-1, 1, True, True)
     accepts = "-1, 1 or numbers between them"
     variance_bound = 1.0

@@ -69,6 +69,8 @@ class Poisson(Family):
     """
 
     name = "poisson"
+    log_partition_formula = "exp({eta})"
+    mean_formula = "exp({eta})"
     support = Interval(0, math.inf, True, False)
     accepts = "counts or other non-negative numbers"
     scales_with_exposure = True
@@ -124,6 +126,8 @@ class NegativeBinomial(Family):
     """
 
     name = "negative_binomial"
+    log_partition_formula = "-r log(1 - exp({eta}))"
+    mean_formula = "r / (exp(-{eta}) - 1)"
     support = Interval(0, math.inf, True, False)
     accepts = "counts or other non-negative numbers"
     domain = _NEGATIVE
@@ -194,6 +198,8 @@ class Gamma(Family):
     """
 
     name = "gamma"
+    log_partition_formula = "-shape log(-{eta})"
+    mean_formula = "-shape / {eta}"
     support = Interval(0, math.inf, False, False)
     accepts = "positive numbers"
     domain = _NEGATIVE

@@ -110,6 +110,9 @@ class Family(_EqualByParameters, ABC):
     variance_bound: float | None = None
     self_concordance: float | None = None
     is_canonical = True
+    # For people: A and A' as text, with {eta} for the argument.
+    log_partition_formula = "A({eta})"
+    mean_formula = "A'({eta})"
     widths: tuple[float, ...] = ()
 
     @property
@@ -239,6 +242,9 @@ class CanonicalMap(_EqualByParameters, ABC):
     """
 
     range: Interval = _REALS
+    # For people: R and R' as text.
+    formula = "R(zeta)"
+    derivative_formula = "R'(zeta)"
     widths: tuple[float, ...] = ()
 
     def smoothed(self, width: float) -> "CanonicalMap":

@@ -1,0 +1,73 @@
+"""The text that describes a layer says what the layer computes."""
+
+import doctest
+
+import numpy as np
+import pytest
+from conftest import FAMILY_OBJECTS
+
+from skdeq import ExpFamilyDEQ, _architecture
+from skdeq.families import CANONICAL_MAPS, ReLU, get_canonical_map, get_family
+
+NAMES = {
+    "exp": np.exp,
+    "log": np.log,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "max": np.maximum,
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+}
+
+
+def evaluate(text, family, **values):
+    """Value of a formula of the text, whose products are written without a sign."""
+    law = get_family(family)
+    constants = {
+        "N": getattr(law, "n_trials", 0),
+        "r": 1 / getattr(law, "dispersion", 1.0),
+        "shape": getattr(law, "shape", 1.0),
+    }
+    for name in ("N", "r", "shape"):
+        for function in ("log", "sigmoid"):
+            text = text.replace(f"{name} {function}", f"{name} * {function}")
+    text = text.replace("2 cosh", "2 * cosh").replace("^", "**").replace("1[zeta > 0]", "(zeta>0)")
+    return eval(text, {}, {**NAMES, **constants, **values})  # noqa: S307
+
+
+@pytest.mark.parametrize("canonical_map", CANONICAL_MAPS)
+@pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
+def test_formulas_are_what_is_computed(family, canonical_map):
+    import torch
+
+    law, mapping = get_family(family), get_canonical_map(canonical_map)
+    layer = ExpFamilyDEQ(family=family, canonical_map=canonical_map).architecture()
+    negative = law.domain.high <= 0
+    if negative and canonical_map in ("relu", "softplus"):
+        pytest.skip("no canonical parameters that the family has")
+    zeta = torch.tensor([-1.7, -0.4, -2.9] + ([] if negative else [0.6, 2.2]), dtype=torch.float64)
+    eta = mapping.value(zeta)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        written = evaluate(layer.canonical_parameter, family, zeta=zeta.numpy())
+        np.testing.assert_allclose(written, eta, rtol=1e-12)
+        mask = evaluate(layer.mask, family, zeta=zeta.numpy())
+        np.testing.assert_allclose(np.broadcast_to(mask, len(zeta)), mapping.derivative(zeta))
+        activation = evaluate(layer.activation, family, zeta=zeta.numpy())
+        partition = evaluate(layer.log_partition, family, eta=eta.numpy())
+    # The formulas of the continuous Bernoulli have a gap at 0, which the ReLU hits.
+    known = np.isfinite(activation)
+    np.testing.assert_allclose(activation[known], law.mean(eta)[known], rtol=1e-10, atol=1e-15)
+    known = np.isfinite(partition)
+    np.testing.assert_allclose(partition[known], law.log_partition(eta)[known], rtol=1e-10)
+
+
+def test_table_and_text():
+    table = _architecture.correspondence_table()
+    assert table.count("* -") == 1 + 8 + 3
+    assert "``sigmoid(zeta)``" in table
+    assert ExpFamilyDEQ(canonical_map=ReLU("off")).architecture().mask == "1"
+    text = str(ExpFamilyDEQ(family="poisson").architecture())
+    assert "activation             exp(zeta)" in text
+
+
+def test_docstring_examples_run():
+    assert not doctest.testmod(_architecture).failed
