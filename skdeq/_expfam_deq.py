@@ -158,7 +158,7 @@ class ExpFamilyDEQ(
         Whether `tol` was met within `max_iter` iterations. Of single rows `map_latents` tells.
     n_features_in_ : int
         Number of features seen during fit.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of features seen during fit, if X has string names.
 
     See Also
@@ -387,7 +387,7 @@ class ExpFamilyDEQ(
         Returns
         -------
         ndarray of shape (n_samples, n_features)
-                Infinite where the predictors are outside the domain of a gamma or negative
+            Infinite where the predictors are outside the domain of a gamma or negative
             binomial family, as those of entries that were missing may be.
         """
         eta = self.natural_parameters(Z)

@@ -151,7 +151,7 @@ class ImplicitEMEncoder(
         (after `partial_fit`, over those of the last call).
     n_features_in_ : int
         Number of features seen during fit.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of features seen during fit, if X has string names.
 
     See Also
