@@ -176,7 +176,7 @@ class EncoderTrainer:
                 weight = sample_weight[index]
                 self.step(rows, index, weight, weight.sum() / mean_weight)
         self.variance /= count
-        return float(self._terms.double() @ self.options.weights.vector) / count
+        return float(self._terms.double().cpu() @ self.options.weights.vector) / count
 
     def fit(
         self, rows: RowBatches, sample_weight: Tensor | None, generator: torch.Generator
