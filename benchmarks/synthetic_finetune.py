@@ -1,0 +1,220 @@
+"""What fine-tuning the equilibrium adds: the supervised half of the paper's synthetic study.
+
+Tsuchida and Ong (2023), Section 5: the latents (z1, z2) are rows of the figure of
+`synthetic_latents.py`, drawn without replacement; the 50 features are Bernoulli, Poisson or
+Gaussian at eta = Z W^T, or ReLU-Gaussian: max(Z W^T + b, 0) plus unit noise, b standard normal.
+The target is z1 + z2, without noise. A head of 100 ReLU units predicts it from two features: those
+of PCA, of UMAP, of the frozen equilibrium, of the equilibrium trained with the head, and the true
+latents. All features are fitted without the target, on the training rows alone. The head, its
+standardised inputs, its minibatches, its first weights and its Adam are DEQRegressor's for every
+method. UMAP is skipped where umap-learn (PyPI) is not installed.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+
+from skdeq import DEQRegressor, ExpFamilyDEQ
+from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
+from skdeq.nn import EquilibriumLayer
+
+try:
+    from benchmarks import _common as common
+    from benchmarks import synthetic_latents as study
+except ImportError:  # run as a file: this folder, and not its parent, is on the path
+    import _common as common
+    import synthetic_latents as study
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from umap import UMAP
+except ImportError:
+    UMAP = None
+
+LAWS = {
+    "Bernoulli": {"family": "bernoulli"},
+    "Poisson": {"family": "poisson"},
+    "Gaussian": {"family": "gaussian"},
+    "ReLU-Gaussian": {"family": "gaussian", "canonical_map": "relu"},
+}
+FROZEN, TUNED, TRUE = "frozen equilibrium", "fine-tuned equilibrium", "true latents"
+METHODS = ("PCA", *(["UMAP"] if UMAP else []), FROZEN, TUNED, TRUE)
+
+# --- the data -----------------------------------------------------------------------------------
+
+
+def draw_relu(seed):
+    """Return (X, latents) of the law that `synthetic_latents.py` does not have."""
+    generator = np.random.default_rng(seed)
+    latents = study.figure(study.GRID_SIDE)
+    W = generator.normal(scale=np.sqrt(0.5), size=(2, study.N_FEATURES))
+    mean = np.maximum(latents @ W + generator.normal(size=study.N_FEATURES), 0)
+    return generator.normal(mean).astype(np.float32), latents
+
+
+def draw(law, seed, options):
+    """Return (X, latents, target) of the training rows, and of the test rows."""
+    if law == "ReLU-Gaussian":
+        X, latents = draw_relu(seed)
+    else:
+        X, latents = study.draw_data(LAWS[law]["family"], seed, options)
+    order = np.random.default_rng(seed).permutation(len(X))
+    # Few rows of a --quick figure are better split than none left to test on.
+    n_test = min(options.test_rows, len(X) // 3)
+    chosen = order[n_test : n_test + options.train_rows], order[:n_test]
+    target = latents.sum(axis=1)
+    return [(X[rows], latents[rows].astype(np.float32), target[rows]) for rows in chosen]
+
+
+# --- the methods --------------------------------------------------------------------------------
+
+
+def orders(n, epochs, seed):
+    """Yield the order of the rows in each epoch, the same for every method."""
+    generator = np.random.default_rng(seed)
+    for _ in range(epochs):
+        yield generator.permutation(n)
+
+
+def errors_of_head(train, test, options, seed):
+    """Return the test error after each epoch of a head on features that are given."""
+    (features, target), (test_features, test_target) = train, test
+    mean, scale = target.mean(), target.std()
+    peer = DEQRegressor(fine_tune=False)
+    generator = torch.Generator().manual_seed(seed)
+    head = Head.start(features, None, peer.head_layer_sizes, 1, generator)
+    rows = TrainingRows(features, (target - mean) / scale, None, features, torch.device("cpu"))
+    # The layer stays unused: the features stand where its latents would.
+    trainer = HeadTrainer(EquilibriumLayer(1, 1), head, peer._head_options(), rows, peer._loss())
+    errors = []
+    for order in orders(len(features), options.epochs, seed):
+        trainer.pass_once(order)
+        predicted = trainer.head_arrays()(test_features)[:, 0] * scale + mean
+        errors.append(np.mean(np.square(predicted - test_target)))
+    return errors
+
+
+def errors_of_network(network, train, test, options, seed):
+    """Return the test error after each epoch of DEQRegressor."""
+    (X, target), (X_test, test_target) = train, test
+    errors = []
+    for order in orders(len(X), options.epochs, seed):
+        # Not fit with warm_start, which forgets Adam's moments between the calls.
+        network.partial_fit(X[order], target[order])
+        errors.append(np.mean(np.square(network.predict(X_test) - test_target)))
+    return errors
+
+
+def curves(law, seed, options):
+    """Return {method: test error after each epoch} for one draw."""
+    (X, latents, target), (X_test, latents_test, test_target) = draw(law, seed, options)
+    made = {}
+    reductions = {"PCA": PCA(2)}
+    if UMAP:
+        reductions["UMAP"] = UMAP(2, random_state=seed, n_jobs=1)
+    features = {
+        name: (reduction.fit_transform(X), reduction.transform(X_test))
+        for name, reduction in reductions.items()
+    }
+    features[TRUE] = latents, latents_test
+    for name, (seen, unseen) in features.items():
+        made[name] = errors_of_head((seen, target), (unseen, test_target), options, seed)
+    backbone = ExpFamilyDEQ(2, random_state=seed, **LAWS[law]).fit(X)
+    for name in (FROZEN, TUNED):
+        network = DEQRegressor(backbone, fine_tune=name == TUNED, random_state=seed)
+        made[name] = errors_of_network(network, (X, target), (X_test, test_target), options, seed)
+    return made
+
+
+# --- the table and the figure -------------------------------------------------------------------
+
+
+def mean_and_sd(values):
+    """Format one figure per seed as `mean +- standard deviation`."""
+    mean = f"{np.mean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} +- {np.std(values, ddof=1):.2g}"
+
+
+def table_rows(law, runs):
+    """Return the table rows of one law, given {method: errors (seeds, epochs)}."""
+    last = {name: runs[name][:, -1] for name in METHODS}
+    reference = last[TRUE].mean()
+    return [
+        [law, name, mean_and_sd(errors), f"{errors.mean() / reference:.3g}"]
+        for name, errors in last.items()
+    ]
+
+
+def draw_figure(results, file):
+    """Plot the test error by epoch, one panel per law."""
+    # The table alone needs no plotting library.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(results), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for panel, (law, runs) in zip(panels, results.items(), strict=True):
+        for name in METHODS:
+            mean = runs[name].mean(axis=0)
+            panel.plot(
+                np.arange(1, len(mean) + 1),
+                mean,
+                label=name,
+                # What there is to beat and what cannot be beaten recede behind the network.
+                linewidth=2 if name == TUNED else 1,
+                linestyle="--" if name == TRUE else "-",
+            )
+        panel.set(title=law, xlabel="epoch", yscale="log")
+    panels[0].set_ylabel("test mean squared error")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main():
+    """Run the study for every law."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--law", nargs="+", choices=LAWS, default=list(LAWS))
+    for name, default, what in (
+        ("seeds", 3, "draws of loadings, rows and data"),
+        ("epochs", 30, "of the head, and of the network"),
+        ("train-rows", 4000, "rows to train on"),
+        ("test-rows", 2000, "rows to test on"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--poisson-scale", type=float, default=1.0, help="factor of eta (default: %(default)s)"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="plot the test error by epoch to it")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.epochs = min(options.seeds, 2), min(options.epochs, 3)
+        options.train_rows, options.test_rows = 600, 300
+    results = {}
+    with common.without_convergence_warnings():
+        for law in options.law:
+            draws = [curves(law, seed, options) for seed in range(options.seeds)]
+            results[law] = {name: np.array([one[name] for one in draws]) for name in METHODS}
+    note = (
+        f"Test mean squared error of z1 + z2 after {options.epochs} epochs: mean +- standard "
+        f"deviation of {options.seeds} draws; {options.train_rows:,} training and "
+        f"{options.test_rows:,} test rows, Poisson eta scaled by {options.poisson_scale:g}, "
+        "float32. The last column divides means."
+    )
+    parts = [common.environment(["umap-learn"] if UMAP else []), note]
+    if UMAP is None:
+        parts.append("UMAP is left out: umap-learn is not installed.")
+    header = ["law", "features", "test MSE", "times that of the true latents"]
+    rows = [row for law, runs in results.items() for row in table_rows(law, runs)]
+    parts.append(common.table(header, rows))
+    common.publish("\n\n".join(parts), options)
+    if options.figure:
+        draw_figure(results, options.figure)
+
+
+if __name__ == "__main__":
+    main()
