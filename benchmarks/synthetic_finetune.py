@@ -17,7 +17,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from skdeq import DEQRegressor, ExpFamilyDEQ
-from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
+from skdeq._head_training import Head, HeadTrainer, TrainingRows
 from skdeq.nn import EquilibriumLayer
 
 try:
@@ -111,7 +111,7 @@ def errors_of_network(network, train, test, options, seed):
 def curves(law, seed, options):
     """Return {method: test error after each epoch} for one draw."""
     (X, latents, target), (X_test, latents_test, test_target) = draw(law, seed, options)
-    made = {}
+    made, threads = {}, torch.get_num_threads()
     reductions = {"PCA": PCA(2)}
     if UMAP:
         reductions["UMAP"] = UMAP(2, random_state=seed, n_jobs=1)
@@ -119,6 +119,8 @@ def curves(law, seed, options):
         name: (reduction.fit_transform(X), reduction.transform(X_test))
         for name, reduction in reductions.items()
     }
+    # UMAP's compiler shares its OpenMP with torch, and leaves it all cores whatever was asked for.
+    torch.set_num_threads(threads)
     features[TRUE] = latents, latents_test
     for name, (seen, unseen) in features.items():
         made[name] = errors_of_head((seen, target), (unseen, test_target), options, seed)
@@ -194,6 +196,7 @@ def main():
     if options.quick:
         options.seeds, options.epochs = min(options.seeds, 2), min(options.epochs, 3)
         options.train_rows, options.test_rows = 600, 300
+    environment = common.environment(["umap-learn"] if UMAP else [])
     results = {}
     with common.without_convergence_warnings():
         for law in options.law:
@@ -205,7 +208,7 @@ def main():
         f"{options.test_rows:,} test rows, Poisson eta scaled by {options.poisson_scale:g}, "
         "float32. The last column divides means."
     )
-    parts = [common.environment(["umap-learn"] if UMAP else []), note]
+    parts = [environment, note]
     if UMAP is None:
         parts.append("UMAP is left out: umap-learn is not installed.")
     header = ["law", "features", "test MSE", "times that of the true latents"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks, parallel_chunks
 from skdeq._observations import CompressedRows
-from skdeq._precondition import RowBatches
+from skdeq._precondition import SQUARED_NORM, RowBatches
 from skdeq._progress import reporter
 from skdeq.objectives import Activation, BatchObjective, ObjectiveWeights, weight_redundancy
 
@@ -26,8 +26,8 @@ __all__ = [
 
 # A component whose distance varies less than this over the rows is dead, as the paper counts them.
 DEAD_VARIANCE = 0.01
-# Entries of the first weights: distances then start with a standard deviation of 0.2.
-_START = 0.035
+# Standard deviation of the first pre-activations, if rows vary alike in all directions.
+_START = 0.2
 # Bound on the gradient of one component over a batch. On MNIST the longest in a thousand is 10; it
 # is met by components of next to no variance, and without it 64 components of four features end
 # up with distances in the thousands.
@@ -66,9 +66,15 @@ class EncoderTrace:
 
 
 def start_weights(n_components: int, p: int, generator: torch.Generator) -> Tensor:
-    """Uniform weights (K, p + 1) for preconditioned rows, float64."""
-    uniform = torch.rand(n_components, p + 1, generator=generator, dtype=torch.float64)
-    return _START * (2 * uniform - 1)
+    """Random orthogonal weights (K, p + 1) for preconditioned rows, float64.
+
+    As many as there are inputs are orthogonal to each other; from directions that overlap at
+    random the probe accuracy on MNIST varies twice as much from seed to seed.
+    """
+    weights = torch.empty(n_components, p + 1, dtype=torch.float64)
+    torch.nn.init.orthogonal_(weights, generator=generator)
+    length = _START * ((p + 1) / SQUARED_NORM) ** 0.5
+    return torch.nn.functional.normalize(weights, dim=1) * length
 
 
 OPTIMISERS: dict[str, Callable[[Tensor, EncoderOptions], torch.optim.Optimizer]] = {

@@ -1,7 +1,7 @@
 r"""Location and scale that put rows of any units on the footing the encoder is trained on.
 
 Training sees :math:`\tilde x = ((x - \mu) / s, \beta)`: centred rows of mean squared norm
-``_SQUARED_NORM`` whatever the units and the number of features, and a constant input whose weight
+``SQUARED_NORM`` whatever the units and the number of features, and a constant input whose weight
 is the bias. One learning rate then serves all data, and what was learned is folded back into
 weights and bias for ``x`` itself.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 from skdeq._chunks import map_chunks
 from skdeq._observations import CompressedRows, Observations
 
-__all__ = ["Preconditioner", "RowBatches", "fit_preconditioner"]
+__all__ = ["SQUARED_NORM", "Preconditioner", "RowBatches", "fit_preconditioner"]
 
 # Mean squared norm of the centred rows. The published learning rates are those of MNIST with
 # pixels in [0, 1], whose rows have a mean squared norm of 88, or 53 once centred.
-_SQUARED_NORM = 100.0
+SQUARED_NORM = 100.0
 # Squared size of the constant input. With 1 the bias lags behind the weights, and half as many
 # activations again are non-zero (MNIST, 64 components, 10 epochs: 0.34 instead of 0.24); with 40
 # components begin to die.
@@ -92,7 +92,7 @@ def fit_preconditioner(
     location = (shift + first).cpu()
     # Constant columns leave rounding, not spread.
     noise = torch.finfo(torch.float64).eps * float(location.square().sum())
-    scale = (spread / _SQUARED_NORM) ** 0.5 if spread > noise else 1.0
+    scale = (spread / SQUARED_NORM) ** 0.5 if spread > noise else 1.0
     return Preconditioner(location, scale)
 
 

