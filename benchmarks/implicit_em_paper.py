@@ -15,6 +15,7 @@ not to the digit the paper's. The ablation is therefore also run on rows as they
 """
 
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -65,6 +66,12 @@ def load(options):
     mnist.X_train = as_floats(mnist.X_train)
     mnist.X_test = as_floats(mnist.X_test)
     return mnist
+
+
+def in_double(mnist):
+    """Return the same in float64."""
+    wide = {"X_train": mnist.X_train.astype(float), "X_test": mnist.X_test.astype(float)}
+    return SimpleNamespace(**{**vars(mnist), **wide})
 
 
 def as_floats(pixels):
@@ -638,8 +645,10 @@ def peers(mnist, options):
         MiniBatchDictionaryLearning(N_COMPONENTS, random_state=0),
         encoder(0, max_iter=DEFAULT_EPOCHS),
     ):
-        _, fit_seconds = common.seconds_of(model.fit, mnist.X_train)
-        accuracy, density, transform_seconds = judge(model, mnist)
+        # Its whitening fails in float32, where some pixels never vary.
+        data = in_double(mnist) if isinstance(model, FastICA) else mnist
+        _, fit_seconds = common.seconds_of(model.fit, data.X_train)
+        accuracy, density, transform_seconds = judge(model, data)
         rows.append(
             [
                 type(model).__name__,

@@ -323,10 +323,12 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
 
 def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
     """Turn validated rows into tensors of their own type, without a copy on the CPU."""
-    if sp.issparse(X):
-        data = X.data.view(np.uint8) if X.dtype == bool else X.data
-        return _compressed(X.indptr, X.indices, data, X.shape, device)
-    return to_tensor(X.view(np.uint8) if X.dtype == bool else X, device)
+    if not sp.issparse(X):
+        return to_tensor(X.view(np.uint8) if X.dtype == bool else X, device)
+    data = X.data.view(np.uint8) if X.dtype == bool else X.data
+    # Places keep their type, too: as int64 they would outweigh the values.
+    parts = (to_tensor(part, device) for part in (X.indptr, X.indices, data))
+    return CompressedRows(*parts, tuple(X.shape))
 
 
 def seeded_generator(random_state) -> torch.Generator:

@@ -1,14 +1,14 @@
 """Run a function over chunks of rows, in parallel on the CPU, with results in a fixed order."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["chunk_bounds", "map_chunks", "parallel_chunks"]
+__all__ = ["chunk_bounds", "map_chunks", "one_ahead", "parallel_chunks"]
 
 Result = TypeVar("Result")
 
@@ -71,3 +71,24 @@ def map_chunks(
     if pool is None or device.type != "cpu" or len(bounds) < 2:
         return [function(start, stop) for start, stop in bounds]
     return list(pool.map(lambda bound: function(*bound), bounds))
+
+
+def one_ahead(function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:
+    """Yield ``function(*one)`` for each of the arguments, the next being worked on meanwhile.
+
+    A result must stay valid until the one after the next is asked for. Without the pool of
+    :func:`parallel_chunks` each is computed when it is asked for.
+    """
+    pool = getattr(_local, "pool", None)
+    if pool is None:
+        for one in arguments:
+            yield function(*one)
+        return
+    pending = None
+    for one in arguments:
+        upcoming = pool.submit(function, *one)
+        if pending is not None:
+            yield pending.result()
+        pending = upcoming
+    if pending is not None:
+        yield pending.result()

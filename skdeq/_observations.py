@@ -73,7 +73,7 @@ class CompressedRows:
             torch.arange(self.shape[0], device=out.device), self.indptr.diff()
         )
         out.zero_()
-        out[rows, self.indices] = self.values.to(out.dtype)
+        out[rows, self.indices.long()] = self.values.to(out.dtype)
         return out
 
     def places(self, start: int, stop: int) -> Tensor:

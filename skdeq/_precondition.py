@@ -125,21 +125,21 @@ class RowBatches:
         self._inverse = 1 / preconditioner.scale
         self._constant = preconditioner.constant * preconditioner.scale
         self._dtype = dtype
-        self._buffers: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
         self._none = torch.zeros(1, dtype=dtype, device=self.device)
 
-    def _buffers_for(self, m: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _buffers_for(self, m: int, slot: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Batch of m rows, its part without the constant input, and the rows as they came."""
-        if m not in self._buffers:
+        if (m, slot) not in self._buffers:
             batch = torch.empty(m, self.p + 1, dtype=self._dtype, device=self.device)
             batch[:, -1] = self._constant
             raw = None if self.sparse else self.values.new_empty(m, self.p)
-            self._buffers[m] = (batch, batch[:, :-1], raw)
-        return self._buffers[m]
+            self._buffers[m, slot] = (batch, batch[:, :-1], raw)
+        return self._buffers[m, slot]
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Return rows as a batch (m, p + 1), a buffer that the next call may overwrite."""
-        batch, rows, raw = self._buffers_for(len(index))
+    def gather(self, index: Tensor, slot: int = 0) -> Tensor:
+        """Return rows as a batch (m, p + 1), a buffer that the next call for a slot overwrites."""
+        batch, rows, raw = self._buffers_for(len(index), slot)
         if self.sparse:
             self.values.take(index).to_dense(out=rows)
             rows.sub_(self._location)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["attach_gradient"]
 
@@ -15,7 +16,7 @@ def attach_gradient(
 
     Where ``g(z*, theta) = 0``, the derivative of z* is ``-H^{-1} dg/dtheta`` with
     ``H = dg/dz``. One Newton step ``z* - H^{-1} g(z*, theta)`` with z* and H held constant has
-    that derivative, and the value z* as far as g is zero. Backward it solves one linear system
+    that derivative; its value is left at z*. Backward it solves one linear system
     per row, and keeps nothing of the iterations that led to z*.
 
     Parameters
@@ -45,8 +46,20 @@ def attach_gradient(
     """
     solution = solution.detach()
     factor, _ = torch.linalg.cholesky_ex(hessian.detach())
-    return solution - _solve(factor, gradient(solution))
+    step = _Solve.apply(gradient(solution), factor)
+    return solution - (step - step.detach())
 
 
-def _solve(factor: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+class _Solve(torch.autograd.Function):
+    """Solution of symmetric systems given by their Cholesky factors, derivable once."""
+
+    @staticmethod
+    def forward(ctx, right: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1), None
