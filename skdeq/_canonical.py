@@ -11,6 +11,8 @@ from ._interval import Interval
 # fit can still start.
 _NEAR_THE_END = 4.0
 _LEAST_RELU_START = 0.1
+# Widths over which a kink is rounded off: in fits, and then step by step on the way to latents.
+_WIDTHS = (1e-2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
 class Identity(CanonicalMap):
@@ -67,17 +69,18 @@ class ReLU(CanonicalMap):
     range = Interval(0, math.inf, True, False)
     masks = ("latents", "inputs", "off")
     formula = "max(zeta, 0)"
-    # The first for fits; the others lead Newton's method to a kink, to within the last.
-    widths = (1e-2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    formula = "max(zeta, 0)"
 
     def __init__(self, mask="latents"):
         if mask not in self.masks:
             raise ValueError(f"mask must be one of {self.masks}; got {mask!r}.")
         self.mask = mask
         self._width = 0.0
-        if mask != "latents":
-            # Their energies have no kinks.
-            self.widths = ()
+
+    @property
+    def widths(self):
+        """Widths of the smoothing; the other masks have energies without kinks."""
+        return _WIDTHS if self.mask == "latents" else ()
 
     @property
     def derivative_formula(self):

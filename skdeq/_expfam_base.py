@@ -52,9 +52,10 @@ class LatentVariableEstimator(BaseEstimator):
                 "layer of latents, is available."
             )
         if self.exposure is not None and not family.scales_with_exposure:
+            through = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
             raise ValueError(
                 f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
-                f"'poisson'; family {family.name!r} has no such offset."
+                f"'poisson'; family {family.name!r}{through} has no such offset."
             )
         return family
 
@@ -166,10 +167,22 @@ class LatentVariableEstimator(BaseEstimator):
         self._start_map = to_numpy(fit_start_map(setting, model), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
 
-    def _replace_parameters(self, loadings: np.ndarray, intercept: np.ndarray) -> None:
-        """Take over parameters that were trained elsewhere, and turn the scores accordingly."""
-        covariance = to_tensor(self._moments[1])
-        components, to_scores = orthonormal_scores(to_tensor(loadings), covariance)
+    def _replace_parameters(
+        self,
+        loadings: np.ndarray,
+        intercept: np.ndarray,
+        latents: np.ndarray,
+        sample_weight: np.ndarray | None,
+    ) -> None:
+        """Take over parameters that were trained elsewhere, and turn the scores accordingly.
+
+        What was said of the old ones, the deviance they explain, is taken back.
+        """
+        weight = None if sample_weight is None else to_tensor(sample_weight)
+        moments = latent_covariance(to_tensor(latents), weight)
+        self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
+        components, to_scores = orthonormal_scores(to_tensor(loadings), moments[1])
+        vars(self).pop("explained_deviance_ratio_", None)
         dtype = self.loadings_.dtype
         self.loadings_, self.intercept_ = loadings.astype(dtype), intercept.astype(dtype)
         self.components_ = to_numpy(components, dtype)

@@ -449,6 +449,7 @@ class ExpFamilyDEQ(
         >>> ExpFamilyDEQ(family="bernoulli").architecture().activation
         'sigmoid(zeta)'
         """
+        self._family()
         return describe(get_family(self.family), get_canonical_map(self.canonical_map))
 
     def to_module(self):

@@ -9,7 +9,7 @@ import torch
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, _fit_context, clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import accuracy_score, mean_squared_error
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import check_random_state, column_or_1d
@@ -111,15 +111,17 @@ class _FineTuned(Versioned, BaseEstimator):
             For observations outside the support of the family, naming row and column.
         """
         with unchanged_on_error(self), parallel_chunks():
-            going_on = self.warm_start and hasattr(self, "coefs_")
             X, y, sample_weight = self._validated(X, y, sample_weight, reset=True)
-            known = "known" if going_on else None
-            targets = self._encode_targets(y, known, sample_weight)
+            going_on = self.warm_start and self._fits_together(X.shape[1], y)
+            if not going_on:
+                self._learn_targets(y, sample_weight)
+            targets = self._encode_targets(y)
             self._train(X, targets, sample_weight, going_on=going_on, stream=False)
         return self
 
     def _validated(self, X, y, sample_weight, *, reset: bool):
-        family = get_family(self._backbone().family)
+        self._check_head()
+        family = get_family((self._backbone() if reset else self.backbone_).family)
         y = self._check_y(y)
         X = check_observations(self, X, family, reset=reset)
         if len(y) != X.shape[0]:
@@ -135,6 +137,28 @@ class _FineTuned(Versioned, BaseEstimator):
             X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
         return X, y, sample_weight
 
+    def _check_head(self) -> None:
+        for size in self.head_layer_sizes:
+            if not (isinstance(size, Integral) and size >= 1):
+                raise ValueError(
+                    "head_layer_sizes must be integers of at least 1; got "
+                    f"{tuple(self.head_layer_sizes)!r}."
+                )
+
+    def _fits_together(self, n_features: int, y) -> bool:
+        """Whether what is fitted has the shapes and the law that the parameters ask for."""
+        if not hasattr(self, "coefs_"):
+            return False
+        asked, there = self._backbone(), self.backbone_
+        laws = ("n_components", "family", "canonical_map", "exposure", "alpha")
+        sizes = [coef.shape[1] for coef in self.coefs_[:-1]]
+        return (
+            all(getattr(asked, name) == getattr(there, name) for name in laws)
+            and there.n_features_in_ == n_features
+            and sizes == list(self.head_layer_sizes)
+            and self._knows(y)
+        )
+
     def _backbone(self) -> ExpFamilyDEQ:
         return ExpFamilyDEQ() if self.backbone is None else self.backbone
 
@@ -147,13 +171,28 @@ class _FineTuned(Versioned, BaseEstimator):
                     f"X has {X.shape[1]} features, but the backbone was fitted on "
                     f"{backbone.n_features_in_}."
                 )
-            backbone = copy.deepcopy(backbone)
-            vars(backbone).pop("feature_names_in_", None)
-            return backbone
+            names = getattr(backbone, "feature_names_in_", None)
+            seen = getattr(self, "feature_names_in_", None)
+            if names is not None and seen is not None and not np.array_equal(names, seen):
+                raise ValueError(
+                    "The feature names of X are not those that the backbone was fitted with, or "
+                    f"in another order: {seen.tolist()} instead of {names.tolist()}."
+                )
+            return copy.deepcopy(backbone)
         backbone = clone(backbone)
+        # The features were named when X was a data frame still.
         if backbone.random_state is None:
             backbone.set_params(random_state=seed)
-        return backbone.fit(X, sample_weight=sample_weight)
+        backbone.fit(X, sample_weight=sample_weight)
+        if hasattr(self, "feature_names_in_"):
+            backbone.feature_names_in_ = self.feature_names_in_
+        return backbone
+
+    def _latents(self, X) -> np.ndarray:
+        """MAP latents of validated rows."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="X does not have valid feature names")
+            return self.backbone_.map_latents(X).value
 
     def _train(self, X, targets, sample_weight, *, going_on: bool, stream: bool) -> None:
         random_state = check_random_state(self.random_state)
@@ -161,7 +200,7 @@ class _FineTuned(Versioned, BaseEstimator):
         device = resolve_device(self.device)
         if not going_on:
             self.backbone_ = self._pretrained(X, sample_weight, int(seeds[0]))
-            latents = self.backbone_.map_latents(X).value
+            latents = self._latents(X)
             head = Head.start(
                 latents,
                 sample_weight,
@@ -170,7 +209,7 @@ class _FineTuned(Versioned, BaseEstimator):
                 torch.Generator().manual_seed(int(seeds[1])),
             )
         else:
-            latents = self.backbone_.map_latents(X).value
+            latents = self._latents(X)
             head = Head(self._centre, self._scale, self.coefs_, self.intercepts_)
         train, held_out = np.arange(X.shape[0]), None
         if self.early_stopping and not stream:
@@ -195,17 +234,22 @@ class _FineTuned(Versioned, BaseEstimator):
             generator = torch.Generator().manual_seed(int(seeds[2]))
             converged = trainer.fit(train, generator, score)
         self._store(trainer, going_on and stream)
-        if not converged:
+        if trainer.taken_back:
             warnings.warn(
-                f"{type(self).__name__} did not converge: after max_iter={self.max_iter} epochs "
-                + (
-                    "the validation score was still rising"
-                    if held_out is not None
-                    else f"the loss still fell by more than tol={self.tol:g}"
-                )
-                + "; increase max_iter or tol.",
+                f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
+                f"{self.backbone_.family!r} or the finite numbers and were taken back: lower "
+                f"learning_rate={self.learning_rate:g}.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
+            )
+        elif not converged:
+            what = "loss" if held_out is None else "validation score"
+            warnings.warn(
+                f"{type(self).__name__} did not converge: within max_iter={self.max_iter} epochs "
+                f"the {what} never stood still, to within tol={self.tol:g}, for "
+                f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=4,
             )
 
     def _head_options(self) -> HeadOptions:
@@ -222,18 +266,31 @@ class _FineTuned(Versioned, BaseEstimator):
         )
 
     def _split(self, targets, seed: int):
-        stratify = self._strata(targets)
+        # One row alone has no score, and a class with one row cannot be on both sides.
+        n_held_out = max(2, round(self.validation_fraction * len(targets)))
+        if n_held_out > len(targets) - 2:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} of {len(targets)} rows leaves "
+                "too few to train on or to validate; set early_stopping=False."
+            )
+        strata = self._strata(targets)
+        if strata is not None:
+            counts = np.bincount(strata)
+            counts = counts[counts > 0]
+            if counts.min() < 2 or len(counts) > min(n_held_out, len(targets) - n_held_out):
+                strata = None
         return train_test_split(
-            np.arange(len(targets)),
-            test_size=self.validation_fraction,
-            random_state=seed,
-            stratify=stratify,
+            np.arange(len(targets)), test_size=n_held_out, random_state=seed, stratify=strata
         )
 
     def _store(self, trainer: HeadTrainer, append: bool) -> None:
         head = trainer.head_arrays()
         if self.fine_tune:
-            self.backbone_._replace_parameters(*trainer.backbone_arrays())
+            # Not in place: what went wrong later on could not be undone.
+            self.backbone_ = copy.copy(self.backbone_)
+            self.backbone_._replace_parameters(
+                *trainer.backbone_arrays(), trainer.rows.sample_weight
+            )
         self.coefs_, self.intercepts_ = head.coefs, head.intercepts
         self._centre, self._scale = head.centre, head.scale
         past = self.loss_curve_ if append else []
@@ -247,7 +304,7 @@ class _FineTuned(Versioned, BaseEstimator):
         check_is_fitted(self)
         X = check_observations(self, X, get_family(self.backbone_.family), reset=False)
         head = Head(self._centre, self._scale, self.coefs_, self.intercepts_)
-        return head(self.backbone_.map_latents(X).value)
+        return head(self._latents(X))
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -263,7 +320,8 @@ _PARAMETERS = """
     ----------
     backbone : ExpFamilyDEQ or None, default=None
         The model of X below the head. A fitted one is copied and trained further; one that is
-        not is fitted first, without the targets. None is ``ExpFamilyDEQ()``.
+        not is fitted first, without the targets. None is ``ExpFamilyDEQ()``. Cloning, as a grid
+        search does, unfits it like any other parameter.
 
     head_layer_sizes : tuple of int, default=(100,)
         Units of the ReLU layers between the standardised latents and the output; () is a linear
@@ -298,7 +356,8 @@ _PARAMETERS = """
         Share of the rows held out then.
 
     warm_start : bool, default=False
-        Whether `fit` goes on from the backbone and the head of the last fit.
+        Whether `fit` goes on from the backbone and the head of the last fit, if they have the
+        shapes, the law and the classes asked for.
 
     device : str or torch.device, default="auto"
         "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one.
@@ -315,7 +374,8 @@ _ATTRIBUTES = """
     Attributes
     ----------
     backbone_ : ExpFamilyDEQ
-        The backbone as trained; its `transform` gives the features.
+        The backbone as trained; its `transform` gives the features. After fine-tuning it has no
+        `explained_deviance_ratio_`.
     coefs_ : list of ndarray of shape (n_in, n_out)
         Weights of the head's layers.
     intercepts_ : list of ndarray of shape (n_out,)
@@ -392,8 +452,19 @@ class DEQClassifier(ClassifierMixin, _FineTuned):
             going_on = hasattr(self, "coefs_")
             if not going_on and classes is None:
                 raise ValueError("classes must be given in the first call of partial_fit.")
+            if (
+                going_on
+                and classes is not None
+                and not np.array_equal(np.unique(classes), self.classes_)
+            ):
+                raise ValueError(
+                    f"classes={list(classes)} are not those of the first call, "
+                    f"{self.classes_.tolist()}."
+                )
             X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
-            targets = self._encode_targets(y, "known" if going_on else classes)
+            if not going_on:
+                self._learn_targets(column_or_1d(np.asarray(classes)), None)
+            targets = self._encode_targets(y)
             self._train(X, targets, sample_weight, going_on=going_on, stream=True)
         return self
 
@@ -431,24 +502,27 @@ class DEQClassifier(ClassifierMixin, _FineTuned):
         check_classification_targets(y)
         return column_or_1d(y, warn=True)
 
-    def _encode_targets(self, y, classes, sample_weight=None):
-        if isinstance(classes, str):
-            unknown = np.setdiff1d(y, self.classes_)
-            if len(unknown):
-                raise ValueError(
-                    f"y has the label {unknown.tolist()[0]!r}, which is not among the classes of "
-                    f"the first call, {self.classes_.tolist()}."
-                )
-            encoder = LabelEncoder()
-            encoder.classes_ = self.classes_
-            return encoder.transform(y)
-        encoder = LabelEncoder().fit(y if classes is None else classes)
-        if len(encoder.classes_) < 2:
+    def _learn_targets(self, y, sample_weight) -> None:
+        """Take note of the labels."""
+        self.classes_ = np.unique(y)
+        if len(self.classes_) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least two classes; y has one class, "
-                f"{encoder.classes_.tolist()[0]!r}."
+                f"{self.classes_.tolist()[0]!r}."
             )
-        self.classes_ = encoder.classes_
+
+    def _knows(self, y) -> bool:
+        return np.array_equal(np.unique(y), self.classes_)
+
+    def _encode_targets(self, y):
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(
+                f"y has the label {unknown.tolist()[0]!r}, which is not among the classes of the "
+                f"first call, {self.classes_.tolist()}."
+            )
+        encoder = LabelEncoder()
+        encoder.classes_ = self.classes_
         return encoder.transform(y)
 
     def _n_outputs(self) -> int:
@@ -515,7 +589,9 @@ class DEQRegressor(RegressorMixin, _FineTuned):
         with unchanged_on_error(self), parallel_chunks():
             going_on = hasattr(self, "coefs_")
             X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
-            targets = self._encode_targets(y, "known" if going_on else None, sample_weight)
+            if not going_on:
+                self._learn_targets(y, sample_weight)
+            targets = self._encode_targets(y)
             self._train(X, targets, sample_weight, going_on=going_on, stream=True)
         return self
 
@@ -542,11 +618,20 @@ class DEQRegressor(RegressorMixin, _FineTuned):
             raise ValueError(f"Input y contains NaN or infinity: row {place} is {y[place]}.")
         return y
 
-    def _encode_targets(self, y, known, sample_weight=None):
-        if known is None:
-            self._target_mean = np.average(y, weights=sample_weight)
-            spread = np.average(np.square(y - self._target_mean), weights=sample_weight)
-            self._target_scale = np.sqrt(spread) if spread > 0 else 1.0
+    def _learn_targets(self, y, sample_weight) -> None:
+        """Take note of location and scale."""
+        largest = max(float(np.abs(y).max()), np.finfo(float).tiny)
+        mean = np.average(y / largest, weights=sample_weight)
+        spread = np.sqrt(np.average(np.square(y / largest - mean), weights=sample_weight))
+        # Of a constant only rounding is left.
+        constant = spread <= 8 * np.finfo(float).eps
+        self._target_mean = mean * largest
+        self._target_scale = largest if constant else spread * largest
+
+    def _knows(self, y) -> bool:
+        return True
+
+    def _encode_targets(self, y):
         return (y - self._target_mean) / self._target_scale
 
     def _n_outputs(self) -> int:
@@ -559,7 +644,8 @@ class DEQRegressor(RegressorMixin, _FineTuned):
         return _half_squared_error
 
     def _metric(self, targets, outputs, weight) -> float:
-        return r2_score(targets, outputs[:, 0], sample_weight=weight)
+        # As r2_score, but relative to the spread of all training targets, which is one.
+        return 1 - mean_squared_error(targets, outputs[:, 0], sample_weight=weight)
 
 
 def _half_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

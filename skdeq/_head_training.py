@@ -146,13 +146,18 @@ class HeadTrainer:
             self._sample_weight = to_tensor(rows.sample_weight).to(**like)
         # Where the rows were at their last visit: a start from which a step or two suffices.
         self._latents = to_tensor(rows.latents).to(**like).clone()
+        self._last_good = [parameter.detach().clone() for parameter in self._parameters]
         self.loss_curve: list[float] = []
         self.scores: list[float] = []
+        # Steps that left the domain of the family, or the finite numbers, and were taken back.
+        self.taken_back = 0
 
     def _network(self, index: Tensor) -> Tensor:
         if self.options.fine_tune:
             x = rows_of(self.rows.X, index, self.rows.device)
-            latents = self.layer(x, self._latents[index])
+            # Where a row has several solutions, prediction will find the one from zero.
+            canonical = self.layer.family.is_canonical
+            latents = self.layer(x, self._latents[index] if canonical else None)
             self._latents[index] = latents.detach()
         else:
             latents = self._latents[index]
@@ -177,16 +182,40 @@ class HeadTrainer:
         total = float(len(order)) if weight is None else weight[order].sum()
         summed = 0.0
         for index in order.tensor_split(count):
-            self.optimiser.zero_grad(set_to_none=True)
-            losses = self.loss(self._network(index), self._targets[index])
-            loss = losses.sum() if weight is None else losses @ weight[index]
-            (loss * (count / total)).backward()
-            gradients = [one.grad for one in self._parameters]
-            # A step out of the domain of the family, or of the finite numbers, is not taken.
-            if all(bool(torch.isfinite(one).all()) for one in gradients):
-                self.optimiser.step()
-            summed += float(loss.detach())
+            loss = self._gradient(index, count / total)
+            if loss is None:
+                self._take_back()
+                continue
+            for kept, parameter in zip(self._last_good, self._parameters, strict=True):
+                kept.copy_(parameter.detach())
+            self.optimiser.step()
+            summed += loss
+        if self._gradient(index, count / total) is None:
+            self._take_back()
         return summed / float(total)
+
+    def _gradient(self, index: Tensor, factor: float) -> float | None:
+        """Loss of some rows, with its gradient in the parameters; None if either is no number."""
+        self.optimiser.zero_grad(set_to_none=True)
+        losses = self.loss(self._network(index), self._targets[index])
+        weight = self._sample_weight
+        loss = losses.sum() if weight is None else losses @ weight[index]
+        (loss * factor).backward()
+        values = [loss, *(one.grad for one in self._parameters)]
+        if all(bool(torch.isfinite(value).all()) for value in values):
+            return float(loss.detach())
+        return None
+
+    def _take_back(self) -> None:
+        """Undo the last step, and make the following ones half as long."""
+        self.taken_back += 1
+        with torch.no_grad():
+            for kept, parameter in zip(self._last_good, self._parameters, strict=True):
+                parameter.copy_(kept)
+        self._latents.nan_to_num_(0.0, 0.0, 0.0)
+        self.optimiser.state.clear()
+        for group in self.optimiser.param_groups:
+            group["lr"] *= 0.5
 
     def pass_once(self, rows: np.ndarray) -> None:
         """Go once through rows in the order given."""
@@ -251,9 +280,10 @@ class HeadTrainer:
             [to_numpy(bias) for bias in self._biases],
         )
 
-    def backbone_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return loadings (p, k) and intercept (p,) as trained."""
-        return to_numpy(self.layer.loadings), to_numpy(self.layer.intercept)
+    def backbone_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return loadings (p, k) and intercept (p,) as trained, and the latents (n, k)."""
+        parts = (self.layer.loadings, self.layer.intercept, self._latents)
+        return tuple(to_numpy(part) for part in parts)
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """State of the optimiser to go on from, one entry for each parameter."""

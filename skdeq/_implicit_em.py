@@ -166,8 +166,8 @@ class ImplicitEMEncoder(
     `components_` and `intercept_`. Features of very different units still want a
     :class:`~sklearn.preprocessing.StandardScaler` first, as they do for PCA.
 
-    Boolean, 8 and 16 bit integer rows are trained in float32 batch by batch, without a copy of
-    the matrix as floats; other integers in float64.
+    Rows of booleans, uint8, int8 and int16 are trained in float32 batch by batch, without a copy
+    of the matrix as floats; other integers in float64.
 
     References
     ----------
@@ -264,8 +264,9 @@ class ImplicitEMEncoder(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights. Up to `batch_size` rows, integer weights equal repeated rows;
-            beyond, they do so on average over the minibatches.
+            Non-negative weights; of those with a mean below one only the ratios count. Integer
+            weights equal repeated rows as long as these fit into one minibatch, and on average
+            beyond.
 
         Returns
         -------
@@ -281,7 +282,7 @@ class ImplicitEMEncoder(
             X, sample_weight = self._training(X, sample_weight, reset=True)
             generator = seeded_generator(self.random_state)
             rows = to_rows(X, resolve_device(self.device))
-            weight = self._weight_tensor(sample_weight, rows)
+            weight = self._weight_tensor(sample_weight)
             preconditioner = fit_preconditioner(rows, weight)
             shape = (self.n_components, X.shape[1])
             if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
@@ -298,7 +299,7 @@ class ImplicitEMEncoder(
                     f"to the end of the one before: lower learning_rate={self.learning_rate:g}"
                     + (f" or momentum={self.momentum:g}." if self.momentum else "."),
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
         return self
@@ -327,13 +328,18 @@ class ImplicitEMEncoder(
             first = getattr(self, "components_", None) is None
             X, sample_weight = self._training(X, sample_weight, reset=first)
             rows = to_rows(X, resolve_device(self.device))
-            weight = self._weight_tensor(sample_weight, rows)
+            weight = self._weight_tensor(sample_weight)
             if first:
                 preconditioner = fit_preconditioner(rows, weight)
                 generator = seeded_generator(self.random_state)
                 start = start_weights(self.n_components, X.shape[1], generator)
                 past, state = EncoderTrace(), None
             else:
+                if self.n_components != len(self.components_):
+                    raise ValueError(
+                        f"n_components={self.n_components}, but partial_fit goes on with the "
+                        f"{len(self.components_)} components there are; call fit to start anew."
+                    )
                 preconditioner = Preconditioner(to_tensor(self._location), self._scale)
                 start = to_tensor(self._weights)
                 past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
@@ -346,7 +352,7 @@ class ImplicitEMEncoder(
                     f"These rows made {type(self).__name__} diverge and were left out: lower "
                     f"learning_rate={self.learning_rate:g}.",
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
         return self
@@ -486,9 +492,13 @@ class ImplicitEMEncoder(
                 )
             if len(kept) < X.shape[0]:
                 X, sample_weight = X[kept], sample_weight[kept]
+            # Counts of repeated rows stay as they are; shares get the mean of counts of one.
+            mean = sample_weight.mean(dtype=np.float64)
+            if mean < 1:
+                sample_weight = (sample_weight / mean).astype(dtype)
         return X, sample_weight
 
-    def _weight_tensor(self, sample_weight, rows) -> torch.Tensor | None:
+    def _weight_tensor(self, sample_weight) -> torch.Tensor | None:
         if sample_weight is None:
             return None
         return to_tensor(sample_weight, resolve_device(self.device))
@@ -508,7 +518,7 @@ class ImplicitEMEncoder(
         )
         working = to_tensor(np.empty(0, np.result_type(dtype, np.float32))).dtype
         batches = RowBatches(rows, preconditioner, working)
-        return EncoderTrainer(start.to(batches.device, working), options), batches
+        return EncoderTrainer(start.to(batches.device, working).clone(), options), batches
 
     def _store(self, rows, weight, preconditioner, trainer, trace, dtype) -> None:
         """Fold location and scale back and keep everything as numpy."""
@@ -535,7 +545,7 @@ class ImplicitEMEncoder(
                 f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
                 "or check that the rows differ.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _encode(self, rows) -> torch.Tensor:

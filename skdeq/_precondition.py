@@ -24,6 +24,8 @@ SQUARED_NORM = 100.0
 # components begin to die.
 _SQUARED_CONSTANT = 13.0
 _CHUNK_ENTRIES = 2**20
+# Scales that float32 can divide by.
+_SCALES = (1e-35, 1e35)
 _SHIFT_ROWS = 1024
 
 
@@ -62,12 +64,19 @@ class Preconditioner:
 def fit_preconditioner(
     values: Tensor | CompressedRows, sample_weight: Tensor | None
 ) -> Preconditioner:
-    """Location and scale of rows in one pass, chunk by chunk, with sums in float64."""
+    """Location and scale of rows in one pass, chunk by chunk, with sums in float64.
+
+    Raises
+    ------
+    ValueError
+        If the scale is beyond what can be computed with.
+    """
     n, p = values.shape
     size = max(1, _CHUNK_ENTRIES // p)
     # Sums of squares about a point among the data lose no digits to a distant origin.
     rows_of = Observations(values).dense_rows
-    shift = rows_of(0, min(n, _SHIFT_ROWS, size)).double().mean(0)
+    head = rows_of(0, min(n, _SHIFT_ROWS, size))
+    shift = head.double().mean(0)
 
     chunks = -(-n // size)
     # One array for the sums of all chunks: small ones, allocated between the large temporaries
@@ -92,7 +101,16 @@ def fit_preconditioner(
     location = (shift + first).cpu()
     # Constant columns leave rounding, not spread.
     noise = torch.finfo(torch.float64).eps * float(location.square().sum())
-    scale = (spread / SQUARED_NORM) ** 0.5 if spread > noise else 1.0
+    scale = (spread / SQUARED_NORM) ** 0.5
+    if spread <= noise < torch.inf:
+        scale = 1.0
+    if spread == 0 and bool((head != head[:1]).any()):
+        scale = 0.0  # the squares are below the least number
+    if not _SCALES[0] < scale < _SCALES[1]:
+        raise ValueError(
+            f"The rows of X have a root mean square distance of {spread**0.5:.1e} from their "
+            "mean, too far from one to compute with; rescale X."
+        )
     return Preconditioner(location, scale)
 
 

@@ -1,7 +1,7 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,11 @@ class EquilibriumLayer(nn.Module):
         max_iter=50,
     ):
         super().__init__()
+        if not (in_features >= 1 and n_components >= 1):
+            raise ValueError(
+                f"in_features and n_components must be at least 1; got {in_features} and "
+                f"{n_components}."
+            )
         if not alpha > 0:
             raise ValueError(
                 f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
@@ -130,9 +135,17 @@ class EquilibriumLayer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         p, k = self.loadings.shape
-        return (
-            f"in_features={p}, n_components={k}, family={self.family.name!r}, alpha={self.alpha}"
-        )
+        text = f"in_features={p}, n_components={k}, family={self.family.base!r}"
+        if not self.family.is_canonical:
+            text += f", canonical_map={self.family.canonical_map!r}"
+        return f"{text}, alpha={self.alpha}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # The two buffers may be there in one layer and not in another.
+        for name in ("rotation", "exposure_profile"):
+            value = state_dict.get(prefix + name)
+            setattr(self, name, None if value is None else torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """Latents of rows.
@@ -149,6 +162,8 @@ class EquilibriumLayer(nn.Module):
         Tensor of shape (n, k)
             Latents, or scores where there is a rotation.
         """
+        if not len(x):
+            return self.loadings.new_zeros(0, self.loadings.shape[1])
         batch = self._batch(x)
         latents = self._solve(batch, start).value
         latents = attach_gradient(
@@ -172,6 +187,7 @@ class EquilibriumLayer(nn.Module):
     def _batch(self, x: Tensor) -> _Batch:
         if x.dim() != 2 or x.shape[1] != len(self.loadings):
             raise ValueError(f"x must have shape (n, {len(self.loadings)}); got {tuple(x.shape)}.")
+        x = x.to(self.loadings.dtype)
         missing = torch.isnan(x)
         gaps = bool(missing.any())
         filled = torch.where(missing, torch.ones_like(x), x) if gaps else x
@@ -214,18 +230,23 @@ class EquilibriumLayer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _hessian(self, batch: _Batch, latents: Tensor) -> Tensor:
-        problem = row_problem(
-            self._setting(batch), self.loadings.detach(), self.intercept.detach()
-        )
+        setting = replace(self._setting(batch), family=self._smooth())
+        problem = row_problem(setting, self.loadings.detach(), self.intercept.detach())
         rows = torch.arange(len(latents), device=latents.device)
         return problem.derivatives(latents, rows)[2]
 
+    def _smooth(self) -> Family:
+        """Return the family whose stationary points the solver finds."""
+        widths = self.family.widths
+        return self.family.smoothed(widths[-1]) if widths else self.family
+
     def _gradient(self, batch: _Batch, latents: Tensor) -> Tensor:
         """Gradient of the energy in the latents, differentiable in all else."""
+        family = self._smooth()
         predictor = torch.addmm(self.intercept, latents, self.loadings.T)
         if batch.offset is not None:
             predictor = predictor + batch.offset.unsqueeze(1)
-        slope = self.family.energy(predictor, batch.statistic)[1]
+        slope = family.energy(predictor, batch.statistic)[1]
         if batch.observed is not None:
             slope = torch.where(batch.observed == 0, 0.0, slope)
         return slope @ self.loadings + self.alpha * latents

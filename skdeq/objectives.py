@@ -37,6 +37,8 @@ __all__ = [
 
 # The epsilon beside a variance: a component that never varies has a finite loss and no gradient.
 VARIANCE_FLOOR = 1e-6
+# A weight so small that nothing of its row is left; its reciprocal is still a number.
+_LEAST_WEIGHT = 1e-30
 
 
 class Activation:
@@ -278,8 +280,8 @@ class BatchObjective:
         self._mean = like.new_empty(n_components)
         self._scatter = like.new_empty(n_components)
         # Numbers as tensors: torch would make and convert one of each at every step.
-        self._total = like.new_tensor(float(n_rows))
-        self._freedom = _degrees_of_freedom(self._total)
+        self._freedom = _degrees_of_freedom(like.new_tensor(float(n_rows)))
+        self._last_freedom = self._freedom
         self._equal = like.new_full((n_rows,), 1 / n_rows)
         self._ones = like.new_ones(n_rows)
         self._floor = like.new_tensor(VARIANCE_FLOOR)
@@ -289,7 +291,7 @@ class BatchObjective:
     @property
     def variance(self) -> Tensor:
         """Variance of each component in the last batch, shape (n_components,)."""
-        return self._scatter / self._freedom - self._floor
+        return self._scatter / self._last_freedom - self._floor
 
     def __call__(self, distance: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Evaluate the terms and return the gradient of their weighted sum.
@@ -308,10 +310,12 @@ class BatchObjective:
         weights = self.weights
         share, centred, square = self._share, self._centred, self._square
         equal, scatter, outer = self._equal, self._scatter, self._outer
+        freedom = self._freedom
         if sample_weight is not None:
-            self._total = sample_weight.sum()
-            self._freedom = _degrees_of_freedom(self._total)
-            equal = sample_weight / self._total
+            total = sample_weight.sum()
+            freedom = _degrees_of_freedom(total)
+            equal = sample_weight / total
+        self._last_freedom = freedom
         torch.softmax(torch.neg(distance, out=share), 1, out=share)
         # The largest responsibility is exp(LSE - d) at the smallest distance.
         soft_minimum = share.amax(1).log_().add_(distance.amin(1))
@@ -322,8 +326,8 @@ class BatchObjective:
             root = sample_weight.sqrt().unsqueeze(1)
             centred.mul_(root)
         torch.mm(centred.T, centred, out=square)
-        torch.add(self._diagonal, self._floor * self._freedom, out=scatter)
-        torch.sum((self._freedom / scatter).log_(), 0, out=self._terms[1])
+        torch.add(self._diagonal, self._floor * freedom, out=scatter)
+        torch.sum((freedom / scatter).log_(), 0, out=self._terms[1])
         scale = scatter.rsqrt()
         square.mul_(torch.outer(scale, scale, out=outer))
         self._diagonal.zero_()
@@ -341,7 +345,7 @@ class BatchObjective:
         else:
             torch.mm(centred, square, out=gradient)
             gradient.mul_(root).add_(share.mul_(equal.unsqueeze(1)), alpha=weights.lse)
-            repetitions = sample_weight.reciprocal()
+            repetitions = sample_weight.clamp_min(_LEAST_WEIGHT).reciprocal()
         if self._longest < torch.inf:
             norm = torch.mv(torch.mul(gradient, gradient, out=share).T, repetitions).sqrt_()
             gradient.mul_((self._longest / norm).clamp_max_(1))

@@ -1,5 +1,6 @@
 """DEQClassifier and DEQRegressor: what fine-tuning gains, and scikit-learn's manners."""
 
+import copy
 import doctest
 import pickle
 import warnings
@@ -223,8 +224,88 @@ def test_bad_input_is_a_sentence_and_changes_nothing():
         DEQClassifier(LogisticRegression()).fit(X, label)
     with pytest.raises(NotFittedError):
         classifier().predict(X)
-    with pytest.warns(ConvergenceWarning, match="did not converge: after max_iter=2 epochs"):
+    with pytest.warns(ConvergenceWarning, match="did not converge: within max_iter=2 epochs"):
         classifier(max_iter=2).fit(X, label)
+
+
+@pytest.mark.parametrize("family", ["gamma", "poisson"])
+def test_steps_that_go_astray_are_taken_back_with_a_warning(family):
+    X, label, _ = data(family)
+    with pytest.warns(ConvergenceWarning, match="were taken back: lower learning_rate"):
+        fitted = classifier(family, learning_rate=1e6, max_iter=5).fit(X, label)
+    assert np.isfinite(fitted.predict_proba(X)).all()
+    assert np.isfinite(fitted.backbone_.loadings_).all()
+    assert fitted.backbone_.map_latents(X).converged.mean() > 0.9
+
+
+@pytest.mark.parametrize("canonical_map", ["tanh", "relu"])
+def test_predicts_with_the_network_that_was_trained(canonical_map):
+    X = 2 * sample("gaussian", n=100)
+    label = (X[:, 0] > 0).astype(int)
+    backbone = ExpFamilyDEQ(2, canonical_map=canonical_map, random_state=0)
+    fitted = DEQClassifier(backbone, max_iter=1, learning_rate=1e-9, random_state=0)
+    fitted.fit(X, label)
+    expected = -np.log(fitted.predict_proba(X)[np.arange(len(X)), label]).mean()
+    np.testing.assert_allclose(fitted.loss_curve_[0], expected, rtol=1e-4)
+
+
+def test_warm_start_begins_anew_where_the_parameters_ask_for_another_model():
+    X, label, _ = data()
+    fitted = classifier(warm_start=True, max_iter=2).fit(X, label)
+    fitted.set_params(backbone__n_components=3).fit(X, label)
+    assert fitted.backbone_.n_components == 3
+    fitted.set_params(head_layer_sizes=(20,)).fit(X, label)
+    assert fitted.coefs_[0].shape == (3, 20)
+    assert fitted.fit(X[:, :8], label).backbone_.n_features_in_ == 8
+    with pytest.raises(ValueError, match="are not those of the first call"):
+        fitted.partial_fit(X[:, :8], label, classes=["a", "b"])
+
+
+def test_failures_and_shallow_copies_leave_the_backbone_alone():
+    X, label, _ = data()
+    fitted = classifier(warm_start=True, max_iter=2).fit(X, label)
+    before = fitted.predict_proba(X)
+    copy.copy(fitted).partial_fit(X, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConvergenceWarning):
+            fitted.fit(X, label)
+    np.testing.assert_array_equal(fitted.predict_proba(X), before)
+
+
+def test_feature_names_reach_the_backbone():
+    pd = pytest.importorskip("pandas")
+    X, label, _ = data()
+    frame = pd.DataFrame(X, columns=[f"gene {i}" for i in range(12)])
+    fitted = classifier(max_iter=2).fit(frame, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted.backbone_.transform(frame)
+        fitted.predict(frame)
+    with pytest.raises(ValueError, match="in another order"):
+        DEQClassifier(fitted.backbone_).fit(frame[frame.columns[::-1]], label)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-3, 1e160])
+def test_targets_of_any_scale(scale):
+    X, _, number = data()
+    expected = regressor().fit(X, number).predict(X)
+    np.testing.assert_allclose(
+        regressor().fit(X, number * scale).predict(X) / scale, expected, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_few_rows_and_rare_classes():
+    X, label, number = data()
+    few = regressor(early_stopping=True, max_iter=3).fit(X[:10], number[:10])
+    assert np.isfinite(few.validation_scores_).all()
+    rare = np.where(np.arange(400) == 7, "rare", label)
+    assert len(classifier(early_stopping=True, max_iter=3).fit(X, rare).classes_) == 3
+    with pytest.raises(ValueError, match="validation_fraction=0.1 of 3 rows"):
+        classifier(early_stopping=True).fit(X[:3], ["low", "high", "low"])
+    for sizes in [(-1,), (8.5,), (0,)]:
+        with pytest.raises(ValueError, match="head_layer_sizes must be integers"):
+            classifier(head_layer_sizes=sizes).fit(X, label)
 
 
 def test_verbose_prints_a_line_for_each_epoch(capsys):

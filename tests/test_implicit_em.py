@@ -1,5 +1,6 @@
 """ImplicitEMEncoder against a plain autograd loop; data of every scale; scikit-learn manners."""
 
+import copy
 import doctest
 import pickle
 import warnings
@@ -277,6 +278,33 @@ def test_weights_beyond_a_batch_shift_what_is_learned():
     assert uneven.score(threes) > even.score(threes)
     # Equal weights are none.
     np.testing.assert_allclose(ones.loss_curve_, even.loss_curve_, rtol=0.05)
+
+
+@pytest.mark.parametrize("scale", [1 / 200, 1e-10, 1e-300])
+def test_shares_count_by_their_ratios(scale):
+    X = digits(200)
+    shares = np.full(200, scale)
+    np.testing.assert_allclose(
+        encoder().fit(X, sample_weight=shares).transform(X),
+        encoder().fit(X).transform(X),
+        atol=1e-6,
+    )
+
+
+def test_stream_in_a_shallow_copy_leaves_the_original_alone():
+    X = digits(200)
+    fitted = encoder().fit(X)
+    weights = fitted._weights.copy()
+    copy.copy(fitted).partial_fit(X)
+    np.testing.assert_array_equal(fitted._weights, weights)
+    with pytest.raises(ValueError, match="n_components=3, but partial_fit goes on with the 16"):
+        fitted.set_params(n_components=3).partial_fit(X)
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-200])
+def test_scales_beyond_computing_are_refused(scale):
+    with pytest.raises(ValueError, match="rescale X"):
+        encoder().fit(digits(100) * scale)
 
 
 def test_same_seed_same_bytes_and_global_generators_left_alone():

@@ -107,6 +107,30 @@ def test_module_of_an_estimator_is_its_transform(whiten, dtype, exposure):
     np.testing.assert_array_equal(deq.loadings_, before)
 
 
+@pytest.mark.parametrize("canonical_map", ["relu", "softplus", "tanh"])
+def test_module_through_a_map_is_the_transform(canonical_map):
+    module, x, deq = layer("gaussian", canonical_map)
+    module.tol = deq.fixed_point_tol
+    np.testing.assert_allclose(module(x).detach(), deq.transform(x.numpy()), atol=1e-10)
+
+
+def test_second_derivatives_are_refused():
+    module, x, _ = layer("poisson")
+    (slope,) = torch.autograd.grad(module(x).square().sum(), module.intercept, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_inputs_of_other_types_and_none_at_all():
+    module, x, deq = layer("poisson")
+    np.testing.assert_allclose(module(x.int()).detach(), module(x).detach())
+    assert module(x[:0]).shape == (0, 2)
+    fresh = EquilibriumLayer(9, 2, family="poisson").double()
+    scores = deq.set_params(whiten=False).to_module()
+    fresh.load_state_dict(scores.state_dict())
+    np.testing.assert_allclose(fresh(x).detach(), scores(x).detach(), atol=1e-6)
+
+
 def saved_bytes(module, x):
     """Bytes that autograd keeps between forward and backward."""
     sizes = []
@@ -185,7 +209,7 @@ def test_bad_arguments_are_refused_in_words():
         EquilibriumLayer(4, 2, family="poison")
     with pytest.raises(ValueError, match=r"x must have shape \(n, 4\); got \(3, 5\)"):
         EquilibriumLayer(4, 2)(torch.ones(3, 5))
-    assert "family='gamma'" in repr(EquilibriumLayer(4, 2, family="gamma"))
+    assert "family=Gamma(shape=1.0)" in repr(EquilibriumLayer(4, 2, family="gamma"))
 
 
 @pytest.mark.parametrize("name", ["skdeq.nn", "skdeq.implicit"])
