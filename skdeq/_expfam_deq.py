@@ -36,10 +36,12 @@ class ExpFamilyDEQ(
     r"""Principal component analysis for counts, binary and other non-Gaussian data.
 
     Each row :math:`x_i` has a latent code :math:`z_i \sim N(0, \alpha^{-1} I)` and entries from
-    an exponential family with canonical parameters :math:`\eta_i = W z_i + b + o_i`. Its code is
-    the maximum-a-posteriori (MAP) solution, which is the fixed point of the equilibrium layer
+    an exponential family with canonical parameters :math:`\eta_i = R(\zeta_i)`,
+    :math:`\zeta_i = W z_i + b + o_i`, where R is the identity unless `canonical_map` says
+    otherwise. Its code is the maximum-a-posteriori (MAP) solution, which is the fixed point of the
+    equilibrium layer
 
-    .. math:: z = f(z) = \alpha^{-1} W^\top [m \circ (T(x) - A'(W z + b + o))],
+    .. math:: z = f(z) = \alpha^{-1} W^\top [m \circ R'(\zeta) \circ (T(x) - A'(R(\zeta)))],
 
     a one-layer deep equilibrium network whose activation :math:`A'` is set by the family
     (sigmoid for Bernoulli, exp for Poisson, the identity for Gaussian data) and in which a
@@ -114,7 +116,8 @@ class ExpFamilyDEQ(
 
     fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
         Solver of the latents, see :mod:`skdeq.fixed_point`. "auto" is "newton" for up to 16
-        components, and for Poisson, negative binomial and gamma data; else "anderson", with
+        components, for Poisson, negative binomial and gamma data, and through any canonical map
+        but the identity; else "anderson", with
         "newton" for the rows it does not solve.
 
     fixed_point_max_iter : int, default=50
@@ -397,7 +400,9 @@ class ExpFamilyDEQ(
         """Laplace approximation of the marginal log-likelihood of each row.
 
         It integrates the latents out around their MAP solution and keeps all constants; for
-        Gaussian rows it is exact, the normal law with covariance ``W W^T / alpha + I``.
+        Gaussian rows it is exact, the normal law with covariance ``W W^T / alpha + I``. With a
+        ReLU whose mask is not the exact one, the latents are not the MAP solution, and the value
+        is that of the same formula at another point.
 
         Parameters
         ----------
