@@ -12,11 +12,12 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks
 from skdeq._family import Family
+from skdeq._model import LEAST_EXPOSURE
 from skdeq._observations import CompressedRows, Observations
 from skdeq._version import __version__
 
 __all__ = [
-    "Versioned",
+    "SkdeqManners",
     "check_observations",
     "check_rows",
     "exposure_offset",
@@ -34,8 +35,16 @@ __all__ = [
 _CHUNK_ENTRIES = 2**20
 
 
-class Versioned:
-    """Stamp of the skdeq version in pickles, with a warning when another version reads them."""
+class SkdeqManners:
+    """What every estimator here has beside scikit-learn's: a documentation link, and versions.
+
+    A pickle is stamped with the version of skdeq, and another version warns when it reads it.
+    """
+
+    _doc_link_module = "skdeq"
+    _doc_link_template = (
+        "https://skdeq.github.io/skdeq/generated/{estimator_module}.{estimator_name}.html"
+    )
 
     def __getstate__(self):
         state = super().__getstate__()
@@ -412,9 +421,7 @@ def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarr
         expected -= np.bincount(rows, profile[X.indices[gaps]], minlength=n)
     elif gaps.any():
         expected -= gaps @ profile
-    # A row without any count says nothing of its size; a millionth of the mean keeps its
-    # logarithm finite and its expected counts negligible.
-    least = 1e-6 * max(float(profile.sum()), np.finfo(float).tiny)
+    least = LEAST_EXPOSURE * max(float(profile.sum()), np.finfo(float).tiny)
     ratio = np.maximum(total, least) / np.maximum(expected, least)
     return np.log(ratio), profile
 

@@ -207,6 +207,11 @@ class Tanh(CanonicalMap):
         return torch.atanh(eta.clamp(-most, most))
 
 
+def through(family: Family, canonical_map: CanonicalMap) -> Family:
+    """Return the family as a function of the linear predictor."""
+    return family if canonical_map == Identity() else MappedFamily(family, canonical_map)
+
+
 class MappedFamily(Family):
     """A family as a function of the linear predictor, through a canonical map.
 

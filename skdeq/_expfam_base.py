@@ -20,7 +20,7 @@ from skdeq._base import (
     to_observations,
     to_tensor,
 )
-from skdeq._canonical import MappedFamily
+from skdeq._canonical import through
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
@@ -31,7 +31,7 @@ from skdeq._rotation import (
     pooled_covariance,
 )
 from skdeq._stochastic import AdamState, adam_state, make_adam, solve_and_step
-from skdeq.families import Family, Identity, get_canonical_map
+from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
 
@@ -42,20 +42,18 @@ class LatentVariableEstimator(BaseEstimator):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     def _family(self) -> Family:
-        family = _get_family(self.family)
         canonical_map = get_canonical_map(self.canonical_map)
-        if canonical_map != Identity():
-            family = MappedFamily(family, canonical_map)
+        family = through(_get_family(self.family), canonical_map)
         if len(tuple(self.hidden_layer_sizes)):
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}: only (), the model with one "
                 "layer of latents, is available."
             )
         if self.exposure is not None and not family.scales_with_exposure:
-            through = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
+            detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
             raise ValueError(
                 f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
-                f"'poisson'; family {family.name!r}{through} has no such offset."
+                f"'poisson'; family {family.name!r}{detail} has no such offset."
             )
         return family
 

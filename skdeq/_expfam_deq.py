@@ -10,7 +10,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from skdeq._architecture import describe
-from skdeq._base import Versioned, log_base_rows, to_numpy, to_tensor, unchanged_on_error
+from skdeq._base import SkdeqManners, log_base_rows, to_numpy, to_tensor, unchanged_on_error
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
@@ -31,7 +31,7 @@ _HIDDEN_MAPS = ("identity", "relu", "softplus", "tanh")
 
 
 class ExpFamilyDEQ(
-    Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin, LatentVariableEstimator
+    SkdeqManners, ClassNamePrefixFeaturesOutMixin, TransformerMixin, LatentVariableEstimator
 ):
     r"""Principal component analysis for counts, binary and other non-Gaussian data.
 
@@ -211,11 +211,6 @@ class ExpFamilyDEQ(
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
-
-    _doc_link_module = "skdeq"
-    _doc_link_template = (
-        "https://skdeq.github.io/skdeq/generated/{estimator_module}.{estimator_name}.html"
-    )
 
     def __init__(
         self,

@@ -190,12 +190,16 @@ class HeadTrainer:
                 kept.copy_(parameter.detach())
             self.optimiser.step()
             summed += loss
-        if self._gradient(index, count / total) is None:
-            self._take_back()
+        self._last_batch = index
         return summed / float(total)
 
+    def _check_last_step(self) -> None:
+        """Take the last step of all back if it went astray; those before were looked at."""
+        if self._gradient(self._last_batch, 1.0) is None:
+            self._take_back()
+
     def _gradient(self, index: Tensor, factor: float) -> float | None:
-        """Loss of some rows, with its gradient in the parameters; None if either is no number."""
+        """Compute loss and gradients of some rows; return the loss, None if any is no number."""
         self.optimiser.zero_grad(set_to_none=True)
         losses = self.loss(self._network(index), self._targets[index])
         weight = self._sample_weight
@@ -220,6 +224,7 @@ class HeadTrainer:
     def pass_once(self, rows: np.ndarray) -> None:
         """Go once through rows in the order given."""
         self.loss_curve.append(self._epoch(torch.from_numpy(rows).to(self.rows.device)))
+        self._check_last_step()
 
     def fit(
         self,
@@ -265,6 +270,7 @@ class HeadTrainer:
                     kept = [parameter.detach().clone() for parameter in self._parameters]
             if quiet >= options.n_iter_no_change:
                 break
+        self._check_last_step()
         if kept is not None:
             with torch.no_grad():
                 for parameter, value in zip(self._parameters, kept, strict=True):

@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
 from skdeq._base import (
-    Versioned,
+    SkdeqManners,
     check_rows,
     resolve_device,
     seeded_generator,
@@ -49,7 +49,7 @@ __all__ = ["ImplicitEMEncoder"]
 
 
 class ImplicitEMEncoder(
-    Versioned, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    SkdeqManners, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):
     r"""Sparse features without a decoder: one linear layer trained by implicit EM.
 
@@ -206,11 +206,6 @@ class ImplicitEMEncoder(
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
-
-    _doc_link_module = "skdeq"
-    _doc_link_template = (
-        "https://skdeq.github.io/skdeq/generated/{estimator_module}.{estimator_name}.html"
-    )
 
     def __init__(
         self,

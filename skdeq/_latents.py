@@ -66,6 +66,7 @@ def solve_latents(
             method=method,
             tol=tol,
             max_iter=max_iter,
+            start=None if start is None else start.double(),
         )
         return replace(
             result,

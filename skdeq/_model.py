@@ -11,7 +11,18 @@ from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
 from skdeq.fixed_point import newton
 
-__all__ = ["LatentModel", "Setting", "column_problem", "null_model", "row_problem"]
+__all__ = [
+    "LEAST_EXPOSURE",
+    "LatentModel",
+    "Setting",
+    "column_problem",
+    "null_model",
+    "row_problem",
+]
+
+# A row without any count says nothing of its size. This share of the mean exposure keeps its
+# logarithm finite and its expected counts negligible.
+LEAST_EXPOSURE = 1e-6
 
 
 @dataclass

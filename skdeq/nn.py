@@ -6,18 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from skdeq._canonical import MappedFamily
+from skdeq._canonical import through
 from skdeq._latents import solve_latents
-from skdeq._model import Setting, row_problem
+from skdeq._model import LEAST_EXPOSURE, Setting, row_problem
 from skdeq._observations import Observations
-from skdeq.families import Family, Identity, get_canonical_map, get_family
+from skdeq.families import Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
 from skdeq.implicit import attach_gradient
 
 __all__ = ["EquilibriumLayer"]
-
-# A row without any count is given this share of the mean exposure, as the estimator does.
-_LEAST_EXPOSURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class EquilibriumLayer(nn.Module):
             raise ValueError(
                 f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
             )
-        self.family = _law(family, canonical_map)
+        self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
         self.loadings = nn.Parameter(torch.empty(in_features, n_components))
         self.intercept = nn.Parameter(torch.empty(in_features))
@@ -200,7 +197,7 @@ class EquilibriumLayer(nn.Module):
             profile = self.exposure_profile
             expected = profile.sum() if observed is None else observed @ profile
             total = torch.where(missing, 0.0, x).sum(1)
-            least = _LEAST_EXPOSURE * profile.sum()
+            least = LEAST_EXPOSURE * profile.sum()
             offset = torch.log(total.clamp_min(least) / expected.clamp_min(least))
         return _Batch(statistic, observed, offset)
 
@@ -250,9 +247,3 @@ class EquilibriumLayer(nn.Module):
         if batch.observed is not None:
             slope = torch.where(batch.observed == 0, 0.0, slope)
         return slope @ self.loadings + self.alpha * latents
-
-
-def _law(family: str | Family, canonical_map) -> Family:
-    """Family as a function of the linear predictor."""
-    family, canonical_map = get_family(family), get_canonical_map(canonical_map)
-    return family if canonical_map == Identity() else MappedFamily(family, canonical_map)
