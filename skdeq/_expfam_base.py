@@ -2,6 +2,8 @@
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -21,7 +23,14 @@ from skdeq._base import (
     to_tensor,
 )
 from skdeq._canonical import through
+from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
+from skdeq._hierarchy import (
+    HiddenLayer,
+    mean_from_top,
+    mean_jacobian,
+    split_layers,
+)
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
 from skdeq._rotation import (
@@ -30,10 +39,11 @@ from skdeq._rotation import (
     orthonormal_scores,
     pooled_covariance,
 )
-from skdeq._stochastic import AdamState, adam_state, make_adam, solve_and_step
+from skdeq._stochastic import adam_state, make_adam, solve_and_step
 from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
+from skdeq.nn import EquilibriumLayer
 
 __all__ = ["LatentVariableEstimator"]
 
@@ -44,11 +54,6 @@ class LatentVariableEstimator(BaseEstimator):
     def _family(self) -> Family:
         canonical_map = get_canonical_map(self.canonical_map)
         family = through(_get_family(self.family), canonical_map)
-        if len(tuple(self.hidden_layer_sizes)):
-            raise ValueError(
-                f"hidden_layer_sizes={self.hidden_layer_sizes!r}: only (), the model with one "
-                "layer of latents, is available."
-            )
         if self.exposure is not None and not family.scales_with_exposure:
             detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
             raise ValueError(
@@ -56,6 +61,31 @@ class LatentVariableEstimator(BaseEstimator):
                 f"'poisson'; family {family.name!r}{detail} has no such offset."
             )
         return family
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Validate the numbers of latents of the layers, from the data to the top."""
+        hidden = self.hidden_layer_sizes
+        sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
+        if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+            raise ValueError(
+                "hidden_layer_sizes must be integers of at least 1, one for each layer between "
+                f"the data and the top; got {hidden!r}."
+            )
+        sizes = (*(int(size) for size in sizes), int(self.n_components))
+        if any(below < above for below, above in pairwise(sizes)):
+            raise ValueError(
+                f"hidden_layer_sizes={hidden!r} with n_components={self.n_components}: sizes "
+                "must not grow from the data to the top."
+            )
+        if len(sizes) > 1 and self.solver == "scoring":
+            raise ValueError(
+                "solver='scoring' is for one layer of latents; use 'adam' or 'auto' with "
+                f"hidden_layer_sizes={hidden!r}."
+            )
+        return sizes
+
+    def _hidden_map(self) -> CanonicalMap:
+        return get_canonical_map(self.hidden_map)
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
         """Move validated data to the device."""
@@ -73,6 +103,7 @@ class LatentVariableEstimator(BaseEstimator):
             weight_decay=float(self.weight_decay),
             sample_weight=sample_weight,
             row_offset=offset,
+            hidden_map=self._hidden_map(),
         )
         return setting, profile
 
@@ -94,12 +125,22 @@ class LatentVariableEstimator(BaseEstimator):
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = torch.from_numpy(log_base_rows(X, family))
-        return X, replace(setting, log_base=setting.weighted_sum(logs)), profile
+        hidden = setting.hidden_map
+        if hidden.widths:
+            hidden = hidden.smoothed(hidden.widths[0])
+        log_base = setting.weighted_sum(logs)
+        return X, replace(setting, log_base=log_base, hidden_map=hidden), profile
 
     def _fit(self, X, sample_weight):
+        sizes = self._sizes()
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
         k = self.n_components
+        if sizes[0] > min(n, p) and len(sizes) > 1:
+            raise ValueError(
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
+                f"min(n_samples, n_features)={min(n, p)} (n_samples={n}, n_features={p})."
+            )
         if k > min(n, p):
             raise ValueError(
                 f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} "
@@ -107,9 +148,10 @@ class LatentVariableEstimator(BaseEstimator):
             )
         generator = seeded_generator(self.random_state)
         previous = None
-        if self.warm_start and getattr(self, "loadings_", np.empty(0)).shape == (p, k):
+        if self.warm_start and self._layer_sizes() == (p, *sizes):
             previous = self._parameters(setting)
-        solver = fit_minibatches if self.solver == "adam" else fit_full_batch
+        minibatches = self.solver == "adam" or len(sizes) > 1
+        solver = fit_minibatches if minibatches else fit_full_batch
         options = self._options()
         model, trace = solver(setting, options, generator, previous)
         if not trace.converged:
@@ -122,7 +164,7 @@ class LatentVariableEstimator(BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        moments = latent_covariance(model.latents, setting.sample_weight)
+        moments = latent_covariance(_top(model.latents, model.upper), setting.sample_weight)
         self._store(X, setting, model, trace, moments)
         self._exposure_profile, self._adam = profile, None
         return setting, model
@@ -138,17 +180,21 @@ class LatentVariableEstimator(BaseEstimator):
             fixed_point_tol=float(self.fixed_point_tol),
             fixed_point_max_iter=int(self.fixed_point_max_iter),
             verbose=int(self.verbose),
+            hidden_layer_sizes=self._sizes()[:-1],
         )
 
     def _store(self, X, setting, model, trace, moments) -> None:
         """Rotate to principal scores and keep everything as numpy."""
-        components, to_scores = orthonormal_scores(model.loadings, moments[1])
-        latents = model.latents
+        latents = _top(model.latents, model.upper)
+        jacobian = mean_jacobian(latents, model.upper, setting.hidden_map, setting.sample_weight)
+        components, to_scores = orthonormal_scores(model.loadings, moments[1], jacobian)
+        from_scores = torch.linalg.pinv(to_scores)
         explained = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
-            components.to(latents.dtype),
-            model.intercept,
+            lambda scores: _predictor(
+                scores @ from_scores.to(scores.dtype), *model.parameters, setting.hidden_map
+            ),
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
         )
@@ -156,51 +202,66 @@ class LatentVariableEstimator(BaseEstimator):
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
+        self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
+        self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
         self.explained_deviance_ratio_ = to_numpy(explained, dtype)
         self.loss_curve_ = trace.loss_curve
         self.n_iter_ = trace.n_iter
         self.converged_ = trace.converged
         self._to_scores = to_numpy(to_scores, dtype)
-        self._curvature = to_numpy(typical_variance(setting, model, "rows"), dtype)
-        self._start_map = to_numpy(fit_start_map(setting, model), dtype)
+        self._curvature = to_numpy(typical_variance(setting, model.bottom, "rows"), dtype)
+        self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
 
     def _replace_parameters(
         self,
-        loadings: np.ndarray,
-        intercept: np.ndarray,
+        layer: EquilibriumLayer,
         latents: np.ndarray,
         sample_weight: np.ndarray | None,
     ) -> None:
         """Take over parameters that were trained elsewhere, and turn the scores accordingly.
 
         What was said of the old ones, the deviance they explain, is taken back.
+
+        Parameters
+        ----------
+        layer : EquilibriumLayer
+            From :meth:`to_module`, trained.
+        latents : ndarray of shape (n, k)
+            Of the training rows, in the top layer.
+        sample_weight : ndarray of shape (n,) or None
         """
         weight = None if sample_weight is None else to_tensor(sample_weight)
         moments = latent_covariance(to_tensor(latents), weight)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
-        components, to_scores = orthonormal_scores(to_tensor(loadings), moments[1])
         vars(self).pop("explained_deviance_ratio_", None)
         dtype = self.loadings_.dtype
-        self.loadings_, self.intercept_ = loadings.astype(dtype), intercept.astype(dtype)
+        self.loadings_ = to_numpy(layer.loadings, dtype)
+        self.intercept_ = to_numpy(layer.intercept, dtype)
+        self.hidden_loadings_ = [to_numpy(one, dtype) for one in layer.hidden_loadings]
+        self.hidden_intercepts_ = [to_numpy(one, dtype) for one in layer.hidden_intercepts]
+        top = to_tensor(latents)
+        upper = self._upper(dtype=top.dtype)
+        jacobian = mean_jacobian(top, upper, self._hidden_map(), weight)
+        components, to_scores = orthonormal_scores(to_tensor(self.loadings_), moments[1], jacobian)
         self.components_ = to_numpy(components, dtype)
         self._to_scores = to_numpy(to_scores, dtype)
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
-        loadings, intercept = self._parameters(setting)
-        parameters = torch.cat([loadings, intercept.unsqueeze(1)], dim=1)
-        state = self._adam or AdamState.zeros(*loadings.shape)
-        rate = self.learning_rate / (1 + state.step / 100) ** 0.5
-        optimiser = make_adam(parameters, rate, state)
+        loadings, intercept, upper = self._parameters(setting)
+        parameters = LatentModel(loadings, intercept, None, upper).matrices()
+        seen = 0 if self._adam is None else self._adam.step
+        rate = self.learning_rate / (1 + seen / 100) ** 0.5
+        optimiser = make_adam(parameters, rate, self._adam)
         solution, objective = solve_and_step(
             setting,
             parameters,
             optimiser,
-            to_tensor(self._curvature).to(parameters),
+            curvature=to_tensor(self._curvature).to(loadings),
             **self._options().latent_solver(),
         )
-        model = LatentModel(parameters[:, :-1], parameters[:, -1], solution.value)
+        model = LatentModel.of(parameters, solution.value)
         null_intercept, null_objective = null_model(setting)
         trace = Trace(
             null_intercept,
@@ -209,7 +270,7 @@ class LatentVariableEstimator(BaseEstimator):
             self.n_iter_ + 1,
             converged=True,
         )
-        batch = latent_covariance(solution.value, setting.sample_weight)
+        batch = latent_covariance(_top(solution.value, upper), setting.sample_weight)
         mean, covariance, weight = self._moments
         seen = (
             to_tensor(mean).to(batch[0]),
@@ -220,26 +281,67 @@ class LatentVariableEstimator(BaseEstimator):
         self._store(X, setting, model, trace, moments)
         self._adam = adam_state(parameters, optimiser)
 
-    def _parameters(self, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fitted loadings and intercept in the type and on the device of the data."""
+    def _layer_sizes(self) -> tuple[int, ...]:
+        """Numbers of features and of latents of each layer as fitted; empty before."""
+        if getattr(self, "loadings_", None) is None:
+            return ()
+        return (*self.loadings_.shape, *(one.shape[1] for one, _ in self._hidden()))
+
+    def _hidden(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return loadings and intercept of each layer above the first."""
+        if not hasattr(self, "hidden_loadings_"):
+            return []
+        return list(zip(self.hidden_loadings_, self.hidden_intercepts_, strict=True))
+
+    def _parameters(
+        self, setting: Setting
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[HiddenLayer, ...]]:
+        """Fitted loadings, intercept and upper layers in the type and on the device of data."""
         like = {"dtype": setting.observations.dtype, "device": setting.observations.device}
         return (
             to_tensor(self.loadings_).to(**like),
             to_tensor(self.intercept_).to(**like),
+            self._upper(**like),
+        )
+
+    def _predictors(self, Z: np.ndarray) -> np.ndarray:
+        """Linear predictors at unit exposure of what `transform` returns."""
+        if not self._hidden():
+            # Products with the scores' own basis, exact where a component is empty.
+            basis = self.loadings_.T if self.whiten else self.components_
+            return Z @ basis + self.intercept_
+        latents = Z if self.whiten else Z @ np.linalg.pinv(self._to_scores)
+        like = {"dtype": torch.float64}
+        return to_numpy(
+            _predictor(
+                to_tensor(latents).to(**like),
+                to_tensor(self.loadings_).to(**like),
+                to_tensor(self.intercept_).to(**like),
+                self._upper(**like),
+                self._hidden_map(),
+            )
+        )
+
+    def _upper(self, **like) -> tuple[HiddenLayer, ...]:
+        return tuple(
+            HiddenLayer(to_tensor(one).to(**like), to_tensor(two).to(**like))
+            for one, two in self._hidden()
         )
 
     def _latents(self, setting: Setting, start: torch.Tensor | None = None) -> FixedPointResult:
         """Solve the rows of a setting at the fitted parameters."""
-        loadings, intercept = self._parameters(setting)
-        return solve_latents(
+        loadings, intercept, upper = self._parameters(setting)
+        result = solve_latents(
             setting,
             loadings,
             intercept,
+            upper,
             curvature=to_tensor(self._curvature).to(loadings),
             start=start,
             start_map=to_tensor(self._start_map).to(loadings),
             **self._options().latent_solver(),
         )
+        return replace(result, layer_sizes=self._layer_sizes()[1:])
 
     def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
         """Validate rows and solve them; also their setting and the validated rows."""
@@ -266,6 +368,22 @@ class LatentVariableEstimator(BaseEstimator):
         return result
 
     def _output(self, latents: torch.Tensor) -> np.ndarray:
+        latents = latents[:, -len(self._to_scores) :]
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
         return to_numpy(latents)
+
+
+def _top(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:
+    return split_layers(latents, upper)[-1].contiguous()
+
+
+def _predictor(
+    top: torch.Tensor,
+    loadings: torch.Tensor,
+    intercept: torch.Tensor,
+    upper: tuple[HiddenLayer, ...],
+    hidden_map: CanonicalMap,
+) -> torch.Tensor:
+    """Linear predictor at unit exposure of what the prior expects below the top latents."""
+    return torch.addmm(intercept, mean_from_top(top, upper, hidden_map), loadings.T)

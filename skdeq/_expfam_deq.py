@@ -1,5 +1,6 @@
 """ExpFamilyDEQ: principal component analysis for data that are not Gaussian."""
 
+from dataclasses import replace
 from numbers import Integral, Real
 
 import numpy as np
@@ -22,7 +23,7 @@ from skdeq.families import (
     get_canonical_map,
     get_family,
 )
-from skdeq.fixed_point import SOLVERS, FixedPointResult
+from skdeq.fixed_point import SOLVERS
 from skdeq.nn import EquilibriumLayer
 
 __all__ = ["ExpFamilyDEQ"]
@@ -54,6 +55,17 @@ class ExpFamilyDEQ(
     With ``family="gaussian"`` and vanishing penalties the scores are those of
     :class:`~sklearn.decomposition.PCA`.
 
+    With ``hidden_layer_sizes=(h_1, ..., h_{L-1})`` the latents form a hierarchy, whose joint
+    density is
+
+    .. math:: p(x, z_1, \dots, z_L) = p(x | z_1)
+              \prod_{l=1}^{L-1} N(z_l;\, R_h(W_{l+1} z_{l+1} + b_{l+1}), \alpha^{-1} I)
+              \; N(z_L;\, 0, \alpha^{-1} I),
+
+    with R_h the `hidden_map`. The latents of all layers are solved for together, as one
+    equilibrium in which each layer is pulled from below and from above; `transform` returns the
+    top layer, `map_latents` all of them. The penalty is then that of the loadings of all layers.
+
     Parameters
     ----------
     n_components : int, default=2
@@ -72,10 +84,14 @@ class ExpFamilyDEQ(
         what Newton's method finds from zero.
 
     hidden_layer_sizes : tuple of int, default=()
-        Sizes of further latent layers. Only ``()``, one layer, is available.
+        Sizes of the latent layers between the data and the top one, which has `n_components`;
+        they must not grow on the way up. Deep models are fitted by "adam", from a start that
+        fits one layer on top of the other. A row may have several solutions; the one reported is
+        what the solver finds from zero.
 
     hidden_map : {"identity", "relu", "softplus", "tanh"}, default="tanh"
-        Map between latent layers. Without hidden layers it has no effect.
+        Map R_h from the linear predictor of a hidden layer to its mean. Without hidden layers
+        it has no effect.
 
     alpha : float, default=1.0
         Prior precision of the latents, > 0.
@@ -98,7 +114,8 @@ class ExpFamilyDEQ(
 
     solver : {"auto", "scoring", "adam"}, default="auto"
         "scoring" is alternating Fisher scoring over rows and columns: deterministic, all rows
-        at once; "adam" goes through minibatches. "auto" is "scoring".
+        at once, for one layer; "adam" goes through minibatches. "auto" is "scoring" for one
+        layer and "adam" with hidden layers.
 
     max_iter : int, default=100
         Iterations of "scoring", epochs of "adam".
@@ -143,11 +160,17 @@ class ExpFamilyDEQ(
     Attributes
     ----------
     components_ : ndarray of shape (n_components, n_features)
-        Orthonormal basis of the loadings, in order of decreasing variance of the scores.
+        Orthonormal basis of the loadings, in order of decreasing variance of the scores. With
+        hidden layers, of the average derivative of the linear predictor in the top latents.
     intercept_ : ndarray of shape (n_features,)
         The intercept b.
     loadings_ : ndarray of shape (n_features, n_components)
-        The loadings W, in units of the prior of the latents.
+        The loadings W, in units of the prior of the latents; of the first layer, and of shape
+        (n_features, h_1), with hidden layers.
+    hidden_loadings_ : list of ndarray of shape (h_l, h_{l+1})
+        Loadings of the layers above the first; empty with one layer.
+    hidden_intercepts_ : list of ndarray of shape (h_l,)
+        Their intercepts.
     explained_deviance_ratio_ : ndarray of shape (n_components,)
         Share of the deviance of the intercept-only model that each component removes; for
         Gaussian data PCA's explained variance ratio. With more than 2e6 entries estimated from
@@ -342,19 +365,19 @@ class ExpFamilyDEQ(
         -------
         FixedPointResult
             ``value`` (n_samples, n_components) in units of the prior, ``residual``,
-            ``converged`` and ``n_iter`` (n_samples,), all numpy arrays.
+            ``converged`` and ``n_iter`` (n_samples,), all numpy arrays. With hidden layers
+            ``value`` has the latents of all layers side by side, from the data to the top, and
+            ``layers`` those of each.
         """
         with parallel_chunks():
             result, _, _ = self._solve(X)
-        return FixedPointResult(
-            *(
-                to_numpy(getattr(result, field))
-                for field in ("value", "residual", "converged", "n_iter")
-            )
-        )
+        fields = ("value", "residual", "converged", "n_iter")
+        return replace(result, **{one: to_numpy(getattr(result, one)) for one in fields})
 
     def natural_parameters(self, Z):
         """Canonical parameters eta, R of the linear predictor, at unit exposure.
+
+        With hidden layers they are those at the mean of each layer given the one above.
 
         Parameters
         ----------
@@ -370,9 +393,8 @@ class ExpFamilyDEQ(
         k = len(self.components_)
         if Z.shape[1] != k:
             raise ValueError(f"Z has {Z.shape[1]} columns, but this model has {k} components.")
-        basis = self.loadings_.T if self.whiten else self.components_
-        predictor = (Z @ basis + self.intercept_).astype(Z.dtype, copy=False)
-        return get_canonical_map(self.canonical_map).value(torch.from_numpy(predictor)).numpy()
+        predictor = torch.from_numpy(self._predictors(Z).astype(Z.dtype, copy=False))
+        return get_canonical_map(self.canonical_map).value(predictor).numpy()
 
     def inverse_transform(self, Z):
         """Mean of the observations at unit exposure, a denoised X.
@@ -410,9 +432,8 @@ class ExpFamilyDEQ(
         """
         with parallel_chunks():
             result, setting, X = self._solve(X)
-            loadings, intercept = self._parameters(setting)
             self._checked(result)
-            marginal = laplace_log_likelihood(setting, loadings, intercept, result.value)
+            marginal = laplace_log_likelihood(setting, *self._parameters(setting), result.value)
             return to_numpy(marginal) + log_base_rows(X, setting.family)
 
     def score(self, X, y=None):
@@ -463,7 +484,7 @@ class ExpFamilyDEQ(
             In float64 or float32 as the model was fitted, on the CPU.
         """
         check_is_fitted(self)
-        p, k = self.loadings_.shape
+        p, *_, k = self._layer_sizes()
         # What a new layer draws is thrown away, and must not move torch's global generator.
         with torch.random.fork_rng(devices=[]):
             layer = EquilibriumLayer(
@@ -471,13 +492,17 @@ class ExpFamilyDEQ(
                 k,
                 family=self.family,
                 canonical_map=self.canonical_map,
+                hidden_layer_sizes=self._layer_sizes()[1:-1],
+                hidden_map=self.hidden_map,
                 alpha=self.alpha,
                 tol=self.fixed_point_tol,
                 max_iter=self.fixed_point_max_iter,
             )
-        parts = {"loadings": self.loadings_, "intercept": self.intercept_}
-        for name, array in parts.items():
-            setattr(layer, name, torch.nn.Parameter(to_tensor(array).clone()))
+        layer.to(to_tensor(self.loadings_).dtype)
+        layers = [(self.loadings_, self.intercept_), *self._hidden()]
+        for (loadings, intercept), arrays in zip(layer.pairs(), layers, strict=True):
+            loadings.data.copy_(to_tensor(arrays[0]))
+            intercept.data.copy_(to_tensor(arrays[1]))
         if not self.whiten:
             layer.rotation = to_tensor(self._to_scores).clone()
         if self.exposure is not None:

@@ -191,10 +191,10 @@ class FineTuned(SkdeqManners, BaseEstimator):
         return backbone
 
     def _latents(self, X) -> np.ndarray:
-        """MAP latents of validated rows."""
+        """MAP latents of validated rows, in the top layer."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="X does not have valid feature names")
-            return self.backbone_.map_latents(X).value
+            return self.backbone_.map_latents(X).layers[-1]
 
     def _train(self, X, targets, sample_weight, *, going_on: bool, stream: bool) -> None:
         random_state = check_random_state(self.random_state)
@@ -291,7 +291,7 @@ class FineTuned(SkdeqManners, BaseEstimator):
             # Not in place: what went wrong later on could not be undone.
             self.backbone_ = copy.copy(self.backbone_)
             self.backbone_._replace_parameters(
-                *trainer.backbone_arrays(), trainer.rows.sample_weight
+                trainer.layer, trainer.latents(), trainer.rows.sample_weight
             )
         self.coefs_, self.intercepts_ = head.coefs, head.intercepts
         self._centre, self._scale = head.centre, head.scale

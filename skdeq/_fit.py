@@ -1,23 +1,28 @@
 """The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from skdeq._hierarchy import HiddenLayer
 from skdeq._latents import solve_latents
-from skdeq._model import LatentModel, Setting, null_model
+from skdeq._model import LatentModel, Setting, hidden_setting, null_model
 from skdeq._progress import reporter
 from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance
 from skdeq._spectral import spectral_start
-from skdeq._stochastic import AdamState, envelope_gradient, make_adam, solve_and_step
+from skdeq._stochastic import envelope_gradient, make_adam, solve_and_step
 
 __all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
 
 _BATCH_SIZE = 256
 # Iterations after which two starts are compared.
 _TRIAL = 4
+# Iterations of each layer before all are trained together.
+_GREEDY = 20
+# Scaled residual up to which latents are solved for one step of a minibatch.
+_LOOSE = 1e-3
 # Loss of an epoch, as a share of what the best one has gained, that sends the fit back to it.
 _ASTRAY = 0.1
 
@@ -35,6 +40,7 @@ class FitOptions:
     fixed_point_tol: float
     fixed_point_max_iter: int
     verbose: int
+    hidden_layer_sizes: tuple[int, ...] = ()
 
     def latent_solver(self) -> dict:
         """Arguments of ``solve_latents``."""
@@ -60,14 +66,22 @@ def _start(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple[Tensor, Tensor] | None,
+    previous: tuple | None,
 ) -> tuple[LatentModel, Trace]:
     intercept, objective = null_model(setting)
     trace = Trace(intercept, objective)
     if previous is not None:
         solved = solve_latents(setting, *previous, **options.latent_solver())
-        return LatentModel(*previous, solved.value), trace
-    k = options.n_components
+        loadings, intercept, upper = previous
+        return LatentModel(loadings, intercept, solved.value, upper), trace
+    sizes = (*options.hidden_layer_sizes, options.n_components)
+    model = _first_layer(setting, sizes[0], generator, intercept, objective)
+    return _add_layers(setting, model, sizes[1:], generator, objective), trace
+
+
+def _first_layer(
+    setting: Setting, k: int, generator: torch.Generator, intercept: Tensor, objective: float
+) -> LatentModel:
     first = Scoring(setting, 1, 0.0)
     model = first.begin(spectral_start(setting, intercept, k, generator))
     if setting.family.variance_bound is None:
@@ -81,14 +95,36 @@ def _start(
             for trial, start in zip(trials, (model, other), strict=True)
         ]
         model = ends[trials[1].loss_curve[-1] < trials[0].loss_curve[-1]]
-    return model, trace
+    return model
+
+
+def _add_layers(
+    setting: Setting,
+    model: LatentModel,
+    sizes: tuple[int, ...],
+    generator: torch.Generator,
+    objective: float,
+) -> LatentModel:
+    """Fit one layer on top of the other, each to the latents of the one below."""
+    if not sizes:
+        return model
+    model = Scoring(setting, _GREEDY, 0.0).run(model, objective)
+    layers, upper = [model.latents], []
+    for size in sizes:
+        given = hidden_setting(setting, layers[-1])
+        intercept, objective = null_model(given)
+        above = _first_layer(given, size, generator, intercept, objective)
+        above = Scoring(given, _GREEDY, 0.0).run(above, objective)
+        layers.append(above.latents)
+        upper.append(HiddenLayer(above.loadings, above.intercept))
+    return LatentModel(model.loadings, model.intercept, torch.cat(layers, dim=1), tuple(upper))
 
 
 def fit_full_batch(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple[Tensor, Tensor] | None = None,
+    previous: tuple | None = None,
 ) -> tuple[LatentModel, Trace]:
     """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
     model, trace = _start(setting, options, generator, previous)
@@ -105,8 +141,7 @@ def fit_full_batch(
         # The latents are those of the loadings before the last; a Newton step or two mends that.
         solved = solve_latents(
             setting,
-            model.loadings,
-            model.intercept,
+            *model.parameters,
             start=model.latents,
             **options.latent_solver(),
         )
@@ -118,32 +153,38 @@ def fit_minibatches(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple[Tensor, Tensor] | None = None,
+    previous: tuple | None = None,
 ) -> tuple[LatentModel, Trace]:
     """Fit by epochs of minibatches; the parameters of the best epoch are kept."""
     model, trace = _start(setting, options, generator, previous)
-    n, p = setting.observations.shape
+    n, _ = setting.observations.shape
     device = setting.observations.device
     size = min(options.batch_size or _BATCH_SIZE, n)
-    parameters = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
-    optimiser = make_adam(
-        parameters, options.learning_rate, AdamState.zeros(p, options.n_components)
-    )
+    parameters = model.matrices()
+    optimiser = make_adam(parameters, options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, options.max_iter * max(1, n // size)
     )
     report = reporter("ExpFamilyDEQ", "epoch", options.verbose)
-    solved = solve_latents(setting, model.loadings, model.intercept, **options.latent_solver())
+    solved = solve_latents(setting, *model.parameters, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
-    best = (objective, LatentModel(model.loadings, model.intercept, solved.value))
+    best = (objective, replace(model, latents=solved.value))
     last, quiet = objective, 0
+    latents = solved.value.clone()
+    loose = {**options.latent_solver(), "tol": max(options.fixed_point_tol, _LOOSE)}
     for epoch in range(1, options.max_iter + 1):
         order = torch.randperm(n, generator=generator).to(device)
         for batch in order.split(size):
-            solve_and_step(setting.take(batch), parameters, optimiser, **options.latent_solver())
+            # From where the last visit left the rows, to the accuracy that a step can use.
+            visit, _ = solve_and_step(
+                setting.take(batch), parameters, optimiser, start=latents[batch], **loose
+            )
+            latents[batch] = visit.value
             schedule.step()
-        loadings, intercept = parameters[:, :-1].contiguous(), parameters[:, -1].clone()
-        solved = solve_latents(setting, loadings, intercept, **options.latent_solver())
+        model = LatentModel.of(parameters)
+        # The objective is flat at its minimum: its error is that of the latents squared.
+        solved = solve_latents(setting, *model.parameters, start=latents, **loose)
+        latents = solved.value.clone()
         _, objective = envelope_gradient(setting, parameters, solved.value)
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
@@ -154,10 +195,11 @@ def fit_minibatches(
         trace.converged = quiet >= 2
         last = objective
         if objective < best[0]:
-            best = (objective, LatentModel(loadings, intercept, solved.value))
+            best = (objective, replace(model, latents=solved.value))
         elif not objective - best[0] <= _ASTRAY * abs(trace.null_objective - best[0]):
             # Gone astray: back to the best parameters, with smaller steps from there.
-            parameters[:, :-1], parameters[:, -1] = best[1].loadings, best[1].intercept
+            for one, old in zip(parameters, best[1].matrices(), strict=True):
+                one.copy_(old)
             optimiser.state.clear()
             schedule.base_lrs = [0.1 * rate for rate in schedule.base_lrs]
             for group in optimiser.param_groups:
@@ -166,4 +208,10 @@ def fit_minibatches(
         if trace.converged:
             break
     model = best[1]
+    # In full accuracy and, where a row has several solutions, the one that is found without
+    # knowing another.
+    solved = solve_latents(setting, *model.parameters, **options.latent_solver())
+    model = replace(model, latents=solved.value)
+    if model.upper:
+        return model, trace
     return fix_signs(balance(setting, model)(model)), trace

@@ -86,7 +86,7 @@ class TrainingRows:
     targets : ndarray of shape (n,)
     sample_weight : ndarray of shape (n,) or None
     latents : ndarray of shape (n, k)
-        Of the backbone before training.
+        Of the backbone's top layer before training.
     device : torch.device
     """
 
@@ -133,7 +133,7 @@ class HeadTrainer:
             {"params": self._biases, "weight_decay": 0.0},
         ]
         if options.fine_tune:
-            backbone = [self.layer.loadings, self.layer.intercept]
+            backbone = list(self.layer.parameters())
             groups.append({"params": backbone, "weight_decay": 0.0})
             self._parameters += backbone
         for parameter in self._parameters:
@@ -156,8 +156,8 @@ class HeadTrainer:
         if self.options.fine_tune:
             x = rows_of(self.rows.X, index, self.rows.device)
             # Where a row has several solutions, prediction will find the one from zero.
-            canonical = self.layer.family.is_canonical
-            latents = self.layer(x, self._latents[index] if canonical else None)
+            start = self._latents[index] if self.layer.is_convex else None
+            latents = self.layer(x, start)
             self._latents[index] = latents.detach()
         else:
             latents = self._latents[index]
@@ -286,10 +286,9 @@ class HeadTrainer:
             [to_numpy(bias) for bias in self._biases],
         )
 
-    def backbone_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return loadings (p, k) and intercept (p,) as trained, and the latents (n, k)."""
-        parts = (self.layer.loadings, self.layer.intercept, self._latents)
-        return tuple(to_numpy(part) for part in parts)
+    def latents(self) -> np.ndarray:
+        """Return the latents (n, k) of the rows at their last visit."""
+        return to_numpy(self._latents)
 
     def state(self) -> list[dict[str, np.ndarray]]:
         """State of the optimiser to go on from, one entry for each parameter."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._hierarchy import HiddenLayer
 from skdeq._map_problem import MapProblem
-from skdeq._model import LatentModel, Setting, row_problem
+from skdeq._model import LatentModel, Setting, latent_problem, row_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
 
 __all__ = ["fit_start_map", "laplace_log_likelihood", "solve_latents", "typical_variance"]
@@ -24,6 +25,7 @@ def solve_latents(
     setting: Setting,
     loadings: Tensor,
     intercept: Tensor,
+    upper: tuple[HiddenLayer, ...] = (),
     *,
     method: str,
     tol: float,
@@ -39,9 +41,12 @@ def solve_latents(
     setting : Setting
     loadings : Tensor of shape (p, k)
     intercept : Tensor of shape (p,)
+    upper : tuple of HiddenLayer
+        Layers above the first, whose latents are solved for together with it.
     method : {"auto", "newton", "anderson", "picard"}
         "auto" is Newton's method for up to 16 components, and for families without a bound of
-        the variance, whose curvature differs too much between rows to be shared; else Anderson
+        the variance, whose curvature differs too much between rows to be shared, and for
+        several layers; else Anderson
         acceleration with a shared curvature, and Newton's method for the rows it leaves unsolved.
     tol, max_iter :
         Passed to the solver.
@@ -57,12 +62,14 @@ def solve_latents(
     -------
     FixedPointResult
     """
-    if setting.family.widths and loadings.dtype != torch.float64:
+    kinks = setting.family.widths or (setting.hidden_map.widths if upper else ())
+    if kinks and loadings.dtype != torch.float64:
         # Next to a kink float32 cannot tell the sides apart.
         result = solve_latents(
             setting.double(),
             loadings.double(),
             intercept.double(),
+            tuple(layer.double() for layer in upper),
             method=method,
             tol=tol,
             max_iter=max_iter,
@@ -73,35 +80,36 @@ def solve_latents(
             value=result.value.to(loadings.dtype),
             residual=result.residual.to(loadings.dtype),
         )
-    k = loadings.shape[1]
     bounded = setting.family.variance_bound is not None
-    finish = method == "auto" and bounded and k > _NEWTON_RANK
+    finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not upper
     if method == "auto":
         method = "anderson" if finish else "newton"
     solver = SOLVERS[method]
-    problem = row_problem(
+    problem = latent_problem(
         setting,
         loadings,
         intercept,
+        upper,
         curvature if method == "anderson" else None,
         shared_map=bounded,
     )
     n = problem.n_rows
     if start is not None:
         begin = start
-    elif method == "anderson" and bounded and start_map is not None:
+    elif method == "anderson" and bounded and start_map is not None and not upper:
         begin = linear_start(problem, start_map)
     else:
-        begin = loadings.new_zeros(n, k)
+        begin = loadings.new_zeros(n, problem.r)
 
-    stages = [setting.family.smoothed(width) for width in setting.family.widths[1:]]
+    stages = kinks[1:]
 
     def work(low: int, high: int) -> FixedPointResult:
         part = problem.chunk(low, high)
         if not stages:
             result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
         value, spent = begin[low:high], 0
-        for part.family in stages:
+        for width in stages:
+            part.smooth(width)
             result = solver(part, value, tol=tol, max_iter=max_iter)
             value, spent = result.value, spent + result.n_iter
         if stages:
@@ -164,18 +172,23 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
 
 
 def laplace_log_likelihood(
-    setting: Setting, loadings: Tensor, intercept: Tensor, latents: Tensor
+    setting: Setting,
+    loadings: Tensor,
+    intercept: Tensor,
+    upper: tuple[HiddenLayer, ...],
+    latents: Tensor,
 ) -> Tensor:
     r"""Laplace approximation of log p(x) of each row, less the sum of log h(x).
 
-    ``log p(x | z*) + log p(z*) + k/2 log 2 pi - 1/2 log det H(z*)``; exact for Gaussian rows.
+    ``log p(x | z*) + log p(z*) + k/2 log 2 pi - 1/2 log det H(z*)``, k the number of latents in
+    all layers; exact for Gaussian rows, below the top through the identity.
 
     Returns
     -------
     Tensor of shape (n,), float64
     """
-    problem = row_problem(replace(setting, family=setting.family.exact), loadings, intercept)
-    k = loadings.shape[1]
+    exact = replace(setting, family=setting.family.exact)
+    problem = latent_problem(exact, loadings, intercept, upper)
 
     def work(low: int, high: int) -> Tensor:
         rows = torch.arange(high - low, device=latents.device)
@@ -185,7 +198,7 @@ def laplace_log_likelihood(
         return -objective - 0.5 * _log_determinant(hessian.double(), setting.alpha)
 
     parts = map_chunks(work, len(latents), problem.chunk_rows(), latents.device)
-    return torch.cat(parts) + 0.5 * k * math.log(setting.alpha)
+    return torch.cat(parts) + 0.5 * problem.r * math.log(setting.alpha)
 
 
 def _log_determinant(hessian: Tensor, least: float) -> Tensor:

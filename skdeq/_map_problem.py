@@ -180,6 +180,20 @@ class MapProblem:
             part._relative = self._relative[index].clone()
         return part
 
+    def smooth(self, width: float) -> None:
+        """Round off the kinks of the canonical map, if it has any."""
+        if self.family.widths:
+            self.family = self.family.smoothed(width)
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether the map of `step` is shaped by a curvature."""
+        return self._basis is not None
+
+    def last_size(self, rows: Tensor) -> Tensor:
+        """Curvatures, summed over the unknowns, at the last fresh gradient of each row."""
+        return self._size[rows]
+
     @cached_property
     def _missing(self) -> Tensor | None:
         return self.observations.missing_rows(*self._bounds)

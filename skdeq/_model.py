@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._family import Family
+from skdeq._family import CanonicalMap, Family
+from skdeq._hierarchy import HiddenLayer, HierarchyProblem, layer_family, split_layers
 from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
 from skdeq.fixed_point import newton
@@ -16,6 +17,9 @@ __all__ = [
     "LatentModel",
     "Setting",
     "column_problem",
+    "hidden_setting",
+    "latent_problem",
+    "layer_settings",
     "null_model",
     "row_problem",
 ]
@@ -34,11 +38,40 @@ class LatentModel:
     loadings : Tensor of shape (p, k)
     intercept : Tensor of shape (p,)
     latents : Tensor of shape (n, k)
+        Of all layers side by side, from the data to the top, where there are several.
+    upper : tuple of HiddenLayer
+        The layers above the first.
     """
 
     loadings: Tensor
     intercept: Tensor
-    latents: Tensor
+    latents: Tensor | None
+    upper: tuple[HiddenLayer, ...] = ()
+
+    @classmethod
+    def of(cls, matrices: list[Tensor], latents: Tensor | None = None) -> "LatentModel":
+        """Model of loadings and intercept side by side (p, k + 1), one matrix for each layer."""
+        pairs = [(one[:, :-1].contiguous(), one[:, -1].clone()) for one in matrices]
+        upper = tuple(HiddenLayer(*pair) for pair in pairs[1:])
+        return cls(*pairs[0], latents, upper)
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
+        """Loadings, intercept and upper layers, as the solvers of latents take them."""
+        return self.loadings, self.intercept, self.upper
+
+    def matrices(self) -> list[Tensor]:
+        """Put loadings and intercept side by side, one matrix for each layer."""
+        layers = [self, *self.upper]
+        return [torch.cat([one.loadings, one.intercept.unsqueeze(1)], dim=1) for one in layers]
+
+    @property
+    def bottom(self) -> "LatentModel":
+        """The layer next to the data as a model of its own."""
+        if not self.upper:
+            return self
+        first = split_layers(self.latents, self.upper)[0].contiguous()
+        return LatentModel(self.loadings, self.intercept, first)
 
     def extrapolate(self, previous: "LatentModel", amount: float) -> "LatentModel":
         """Go on from ``previous`` to this model and beyond by ``amount`` of the way."""
@@ -70,6 +103,8 @@ class Setting:
     row_offset : Tensor of shape (n,) or None
     log_base : float
         Weighted sum of log h(x), the part of the log-likelihood that no parameter enters.
+    hidden_map : CanonicalMap or None
+        From the linear predictor of latents to their mean, where there are several layers.
     """
 
     family: Family
@@ -79,6 +114,7 @@ class Setting:
     sample_weight: Tensor | None = None
     row_offset: Tensor | None = None
     log_base: float = 0.0
+    hidden_map: CanonicalMap | None = None
 
     def take(self, index: Tensor) -> "Setting":
         """Return the same for some rows; the log base is left out."""
@@ -132,6 +168,51 @@ def row_problem(
         row_offset=setting.row_offset,
         curvature=curvature,
         shared_map=shared_map,
+    )
+
+
+def latent_problem(
+    setting: Setting,
+    loadings: Tensor,
+    intercept: Tensor,
+    upper: tuple[HiddenLayer, ...] = (),
+    curvature: Tensor | None = None,
+    shared_map: bool = False,
+) -> MapProblem | HierarchyProblem:
+    """Latents of every row in all layers, given their loadings."""
+    bottom = row_problem(setting, loadings, intercept, curvature, shared_map)
+    if not upper:
+        return bottom
+    return HierarchyProblem(bottom, upper, setting.hidden_map, setting.alpha)
+
+
+def layer_settings(setting: Setting, layers: list[Tensor]) -> list[Setting]:
+    """Say what is given of each layer, the latents of the one below being its data.
+
+    Parameters
+    ----------
+    setting : Setting
+    layers : list of Tensor of shape (n, k)
+        Latents of each layer, from the data to the top.
+
+    Returns
+    -------
+    list of Setting
+        Objectives of all but the first are in units of alpha.
+    """
+    return [setting, *(hidden_setting(setting, below) for below in layers[:-1])]
+
+
+def hidden_setting(setting: Setting, latents: Tensor) -> Setting:
+    """Say what is given of the layer above some latents (n, k), in units of alpha."""
+    return replace(
+        setting,
+        family=layer_family(setting.hidden_map),
+        observations=Observations(latents.contiguous()),
+        alpha=1.0,
+        weight_decay=setting.weight_decay / setting.alpha,
+        row_offset=None,
+        log_base=0.0,
     )
 
 

@@ -51,14 +51,19 @@ def pooled_covariance(one: tuple, two: tuple) -> tuple[Tensor, Tensor, float]:
     return one[0] + share * gap, covariance + share * (1 - share) * torch.outer(gap, gap), total
 
 
-def orthonormal_scores(loadings: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormal_scores(
+    loadings: Tensor, covariance: Tensor, jacobian: Tensor
+) -> tuple[Tensor, Tensor]:
     """Basis of the column space of the loadings in which the scores are principal.
 
     Parameters
     ----------
-    loadings : Tensor of shape (p, k)
+    loadings : Tensor of shape (p, h)
     covariance : Tensor of shape (k, k), float64
-        Of the latents.
+        Of the top latents.
+    jacobian : Tensor of shape (h, k), float64
+        What the loadings' latents are to the top ones, to first order; the identity with one
+        layer.
 
     Returns
     -------
@@ -66,11 +71,12 @@ def orthonormal_scores(loadings: Tensor, covariance: Tensor) -> tuple[Tensor, Te
         Orthonormal rows; scores along them have decreasing variances and no correlation, and
         the entry of largest magnitude of each row is positive, as in scikit-learn's PCA.
     to_scores : Tensor of shape (k, k), float64
-        Scores are ``latents @ to_scores``, and ``scores @ components = latents @ loadings.T``.
+        Scores are ``latents @ to_scores``, and with one layer ``scores @ components`` is
+        ``latents @ loadings.T``.
         A component whose standard deviation is below the root of the machine epsilon of the
         first is zero.
     """
-    basis, triangle = torch.linalg.qr(loadings.double())
+    basis, triangle = torch.linalg.qr(loadings.double() @ jacobian)
     variances, vectors = torch.linalg.eigh(triangle @ covariance @ triangle.T)
     variances, vectors = variances.flip(0), vectors.flip(1)
     components = (basis @ vectors).T
@@ -85,8 +91,7 @@ def orthonormal_scores(loadings: Tensor, covariance: Tensor) -> tuple[Tensor, Te
 def explained_deviance(
     setting: Setting,
     x_rows: Callable[[Tensor], Tensor],
-    components: Tensor,
-    intercept: Tensor,
+    predict: Callable[[Tensor], Tensor],
     null_intercept: Tensor,
     scores: Tensor,
 ) -> Tensor:
@@ -97,16 +102,18 @@ def explained_deviance(
     slope at each point of the line every component has its part,
     ``2 sum (A'(eta) - T(x)) s_k c_k``. The parts, integrated by Gauss-Legendre quadrature and
     scaled to add up to the whole, do not depend on the order of the components. For Gaussian
-    data they are the explained variances.
+    data they are the explained variances. Where predictors are not linear in the scores, the
+    line is that of the scores, and c_k is the derivative there.
 
     Parameters
     ----------
     setting : Setting
     x_rows : callable
         ``x_rows(index)`` gives some rows of the data (m, p), NaN where missing.
-    components : Tensor of shape (k, p)
-    intercept, null_intercept : Tensor of shape (p,)
-        Of the model, and of the model without latents.
+    predict : callable
+        Linear predictors (m, p) of scores (m, k).
+    null_intercept : Tensor of shape (p,)
+        Of the model without latents.
     scores : Tensor of shape (n, k)
 
     Returns
@@ -117,7 +124,7 @@ def explained_deviance(
     """
     family = setting.family.exact
     n, k = scores.shape
-    p = len(intercept)
+    p = len(null_intercept)
     every = max(1, round(n * p / _DEVIANCE_ENTRIES))
     index = torch.arange(0, n, every, device=scores.device)
     weight = setting.sample_weight
@@ -133,8 +140,10 @@ def explained_deviance(
         offset = 0.0 if setting.row_offset is None else setting.row_offset[rows].unsqueeze(1)
         weights = torch.ones_like(x[:, 0]) if weight is None else weight[rows]
         some = scores[rows]
-        start = null_intercept + offset + torch.zeros_like(x)
-        way = torch.addmm(intercept - null_intercept, some, components)
+        gap_at_zero = null_intercept - predict(torch.zeros_like(some[:1]))
+
+        def along(share: float, values: Tensor) -> Tensor:
+            return predict(values) + offset + (1 - share) * gap_at_zero
 
         def deviance(predictor: Tensor) -> Tensor:
             gap = best - statistic * family.canonical(predictor)
@@ -143,11 +152,16 @@ def explained_deviance(
 
         parts = torch.zeros(k, dtype=torch.float64, device=x.device)
         for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
-            slope = family.slope_(torch.add(start, way, alpha=float(node)), statistic)
+            with torch.enable_grad():
+                values = (float(node) * some).requires_grad_()
+                predictor = along(float(node), values)
+            slope = family.slope_(predictor.detach().clone(), statistic)
             slope = torch.where(observed, slope, 0.0)
-            moved = (slope @ components.T) * some * weights.unsqueeze(1)
+            (pulled,) = torch.autograd.grad(predictor, values, slope)
+            moved = pulled * some * weights.unsqueeze(1)
             parts -= 2 * float(share) * moved.double().sum(0)
-        return torch.cat([torch.stack([deviance(start), deviance(start + way)]), parts])
+        ends = [deviance(along(0.0, torch.zeros_like(some))), deviance(along(1.0, some))]
+        return torch.cat([torch.stack(ends), parts])
 
     size = max(1, 2**19 // p)
     total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)

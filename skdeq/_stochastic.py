@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._hierarchy import split_layers
 from skdeq._latents import solve_latents
-from skdeq._model import Setting, column_problem
+from skdeq._model import LatentModel, Setting, column_problem, layer_settings
 from skdeq.fixed_point import FixedPointResult
 
 _MAX_HALVINGS = 20
@@ -22,30 +23,49 @@ __all__ = ["AdamState", "envelope_gradient", "solve_and_step"]
 
 @dataclass
 class AdamState:
-    """Moments of Adam for the loadings and intercept together, as numpy arrays.
+    """Moments of Adam for the loadings and intercept of each layer, as numpy arrays.
 
     Attributes
     ----------
     step : int
         Steps taken.
-    first, second : ndarray of shape (p, k + 1)
+    first, second : list of ndarray of shape (p, k + 1)
         Running means of the gradient and of its square.
     """
 
     step: int
-    first: np.ndarray
-    second: np.ndarray
-
-    @classmethod
-    def zeros(cls, p: int, k: int) -> "AdamState":
-        """State before the first step."""
-        return cls(0, np.zeros((p, k + 1)), np.zeros((p, k + 1)))
+    first: list[np.ndarray]
+    second: list[np.ndarray]
 
 
 def envelope_gradient(
-    setting: Setting, parameters: Tensor, latents: Tensor
-) -> tuple[Tensor, float]:
-    """Gradient (p, k + 1) of the mean objective at MAP latents, and the objective."""
+    setting: Setting, parameters: list[Tensor], latents: Tensor
+) -> tuple[list[Tensor], float]:
+    """Gradients of the mean objective in each layer's parameters at MAP latents; the objective.
+
+    Parameters
+    ----------
+    setting : Setting
+    parameters : list of Tensor of shape (p, k + 1)
+        Loadings and intercept of each layer, from the data to the top.
+    latents : Tensor of shape (n, K)
+        Of all layers side by side.
+    """
+    if len(parameters) == 1:
+        gradient, objective = _layer_gradient(setting, parameters[0], latents)
+        return [gradient], objective
+    layers = split_layers(latents, LatentModel.of(parameters).upper)
+    gradients, total = [], 0.0
+    settings = layer_settings(setting, layers)
+    for at, (given, one, here) in enumerate(zip(settings, parameters, layers, strict=True)):
+        unit = setting.alpha if at else 1.0
+        gradient, objective = _layer_gradient(given, one, here.contiguous())
+        gradients.append(unit * gradient)
+        total += unit * objective
+    return gradients, total
+
+
+def _layer_gradient(setting: Setting, parameters: Tensor, latents: Tensor) -> tuple[Tensor, float]:
     problem = column_problem(setting, latents)
 
     def work(low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -63,48 +83,62 @@ def envelope_gradient(
 
 def solve_and_step(
     setting: Setting,
-    parameters: Tensor,
+    parameters: list[Tensor],
     optimiser: torch.optim.Optimizer,
-    curvature: Tensor | None = None,
     **fixed_point,
 ) -> tuple[FixedPointResult, float]:
-    """Solve the latents of a batch and move ``parameters`` (p, k + 1) by one step.
+    """Solve the latents of a batch and move ``parameters`` by one step.
 
     A step that takes the batch out of the domain of the family is halved until it does not.
+
+    Parameters
+    ----------
+    setting : Setting
+    parameters : list of Tensor of shape (p, k + 1)
+        Loadings and intercept of each layer, from the data to the top.
+    optimiser : Optimizer
+        Of the parameters.
+    **fixed_point
+        Passed to :func:`~skdeq._latents.solve_latents`.
     """
-    before = parameters.clone()
-    loadings, intercept = before[:, :-1].contiguous(), before[:, -1].contiguous()
-    solution = solve_latents(setting, loadings, intercept, curvature=curvature, **fixed_point)
-    gradient, objective = envelope_gradient(setting, parameters, solution.value)
-    parameters.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    before = [one.clone() for one in parameters]
+    solution = solve_latents(setting, *LatentModel.of(before).parameters, **fixed_point)
+    gradients, objective = envelope_gradient(setting, parameters, solution.value)
+    for one, gradient in zip(parameters, gradients, strict=True):
+        one.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
     if setting.family.domain.low > -torch.inf or setting.family.domain.high < torch.inf:
         for _ in range(_MAX_HALVINGS):
             if np.isfinite(envelope_gradient(setting, parameters, solution.value)[1]):
                 break
-            parameters.copy_(torch.lerp(before, parameters, 0.5))
+            for one, old in zip(parameters, before, strict=True):
+                one.copy_(torch.lerp(old, one, 0.5))
         else:
-            parameters.copy_(before)
+            for one, old in zip(parameters, before, strict=True):
+                one.copy_(old)
     return solution, objective
 
 
-def make_adam(parameters: Tensor, learning_rate: float, state: AdamState) -> torch.optim.Adam:
+def make_adam(
+    parameters: list[Tensor], learning_rate: float, state: AdamState | None = None
+) -> torch.optim.Adam:
     """Torch's Adam on ``parameters`` going on from ``state``."""
-    optimiser = torch.optim.Adam([parameters], lr=learning_rate)
-    if state.step:
-        optimiser.state[parameters] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": torch.from_numpy(state.first).to(parameters),
-            "exp_avg_sq": torch.from_numpy(state.second).to(parameters),
-        }
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    if state is not None:
+        for one, first, second in zip(parameters, state.first, state.second, strict=True):
+            optimiser.state[one] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": torch.from_numpy(first).to(one),
+                "exp_avg_sq": torch.from_numpy(second).to(one),
+            }
     return optimiser
 
 
-def adam_state(parameters: Tensor, optimiser: torch.optim.Adam) -> AdamState:
+def adam_state(parameters: list[Tensor], optimiser: torch.optim.Adam) -> AdamState:
     """State to go on from."""
-    state = optimiser.state[parameters]
+    states = [optimiser.state[one] for one in parameters]
     return AdamState(
-        int(state["step"]),
-        state["exp_avg"].double().cpu().numpy(),
-        state["exp_avg_sq"].double().cpu().numpy(),
+        int(states[0]["step"]),
+        [one["exp_avg"].double().cpu().numpy() for one in states],
+        [one["exp_avg_sq"].double().cpu().numpy() for one in states],
     )

@@ -14,7 +14,8 @@ one function and one row of :data:`SOLVERS`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -50,12 +51,29 @@ class FixedPointResult:
         Whether the residual is within the tolerance.
     n_iter : Tensor or ndarray of shape (n_rows,)
         Iterations that each row took part in.
+    layers : tuple of Tensor or ndarray of shape (n_rows, r_l)
+        The unknowns of each layer, from the data to the top, where there are several layers: a
+        view of `value`. With one layer it is `value` alone.
+    layer_sizes : tuple of int
+        Numbers of unknowns of the layers; empty stands for one layer.
     """
 
     value: Tensor
     residual: Tensor
     converged: Tensor
     n_iter: Tensor
+    layer_sizes: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def layers(self) -> tuple[Tensor, ...]:
+        """Unknowns of each layer, from the data to the top."""
+        if not self.layer_sizes:
+            return (self.value,)
+        ends = list(accumulate(self.layer_sizes))
+        return tuple(
+            self.value[:, end - size : end]
+            for end, size in zip(ends, self.layer_sizes, strict=True)
+        )
 
 
 class FixedPointProblem(Protocol):

@@ -2,15 +2,23 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from skdeq._canonical import through
+from skdeq._hierarchy import (
+    HiddenLayer,
+    hidden_energies,
+    hidden_gradients,
+    layer_family,
+    split_layers,
+)
 from skdeq._latents import solve_latents
-from skdeq._model import LEAST_EXPOSURE, Setting, row_problem
+from skdeq._model import LEAST_EXPOSURE, Setting, latent_problem
 from skdeq._observations import Observations
-from skdeq.families import Family, get_canonical_map, get_family
+from skdeq.families import get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
 from skdeq.implicit import attach_gradient
 
@@ -49,6 +57,11 @@ class EquilibriumLayer(nn.Module):
     canonical_map : str or CanonicalMap, default="identity"
         Map R from the linear predictor to the canonical parameter. A map that may end on a kink
         (ReLU with its exact mask) has no derivative there: the one used is that of a neighbour.
+    hidden_layer_sizes : tuple of int, default=()
+        Sizes of the latent layers between the data and the one that is returned, see
+        :class:`~skdeq.ExpFamilyDEQ`; all are solved for together.
+    hidden_map : {"identity", "relu", "softplus", "tanh"} or CanonicalMap, default="tanh"
+        Map between latent layers.
     alpha : float, default=1.0
         Prior precision of the latents, positive.
     tol : float, default=1e-6
@@ -59,7 +72,12 @@ class EquilibriumLayer(nn.Module):
     Attributes
     ----------
     loadings : Parameter of shape (p, k)
+        With hidden layers, of shape (p, h) with h the size of the first.
     intercept : Parameter of shape (p,)
+    hidden_loadings : ParameterList
+        Loadings of the layers above the first, of shape (h, r) each.
+    hidden_intercepts : ParameterList
+        Their intercepts, of shape (h,) each.
     rotation : Tensor of shape (k, k) or None
         What latents are multiplied by on the way out; of a module made by
         :meth:`ExpFamilyDEQ.to_module` with ``whiten=False``, the map to its scores.
@@ -97,15 +115,18 @@ class EquilibriumLayer(nn.Module):
         *,
         family="gaussian",
         canonical_map="identity",
+        hidden_layer_sizes=(),
+        hidden_map="tanh",
         alpha=1.0,
         tol=1e-6,
         max_iter=50,
     ):
         super().__init__()
-        if not (in_features >= 1 and n_components >= 1):
+        sizes = (in_features, *hidden_layer_sizes, n_components)
+        if not all(size >= 1 for size in sizes):
             raise ValueError(
-                f"in_features and n_components must be at least 1; got {in_features} and "
-                f"{n_components}."
+                "in_features, hidden_layer_sizes and n_components must be at least 1; got "
+                f"{in_features}, {tuple(hidden_layer_sizes)} and {n_components}."
             )
         if not alpha > 0:
             raise ValueError(
@@ -113,8 +134,13 @@ class EquilibriumLayer(nn.Module):
             )
         self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
-        self.loadings = nn.Parameter(torch.empty(in_features, n_components))
+        self.hidden_map = get_canonical_map(hidden_map)
+        self.loadings = nn.Parameter(torch.empty(sizes[0], sizes[1]))
         self.intercept = nn.Parameter(torch.empty(in_features))
+        self.hidden_loadings = nn.ParameterList(
+            torch.empty(low, high) for low, high in pairwise(sizes[1:])
+        )
+        self.hidden_intercepts = nn.ParameterList(torch.empty(size) for size in sizes[1:-1])
         self.register_buffer("rotation", None)
         self.register_buffer("exposure_profile", None)
         self.reset_parameters()
@@ -122,17 +148,31 @@ class EquilibriumLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw small loadings, and an intercept inside the domain of the family."""
-        nn.init.normal_(self.loadings, std=1 / math.sqrt(self.loadings.shape[0]))
+        for loadings, intercept in self.pairs():
+            nn.init.normal_(loadings, std=1 / math.sqrt(len(loadings)))
+            nn.init.zeros_(intercept)
         inside = -1.0 if self.family.base.domain.high <= 0 else 0.0
         start = torch.full_like(self.intercept, inside)
         if not self.family.is_canonical:
             start = self.family.canonical_map.inverse(start)
         self.intercept.copy_(start)
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return loadings and intercept of each layer, from the data to the top."""
+        hidden = zip(self.hidden_loadings, self.hidden_intercepts, strict=True)
+        return [(self.loadings, self.intercept), *hidden]
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the latents of a row are the one solution of a convex problem."""
+        return self.family.is_canonical and not len(self.hidden_loadings)
+
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        p, k = self.loadings.shape
-        text = f"in_features={p}, n_components={k}, family={self.family.base!r}"
+        sizes = [len(self.loadings), *(loadings.shape[1] for loadings, _ in self.pairs())]
+        text = f"in_features={sizes[0]}, n_components={sizes[-1]}, family={self.family.base!r}"
+        if sizes[1:-1]:
+            text += f", hidden_layer_sizes={tuple(sizes[1:-1])}, hidden_map={self.hidden_map!r}"
         if not self.family.is_canonical:
             text += f", canonical_map={self.family.canonical_map!r}"
         return f"{text}, alpha={self.alpha}"
@@ -152,20 +192,22 @@ class EquilibriumLayer(nn.Module):
         x : Tensor of shape (n, p)
             Observations in the support of the family, which is not checked; NaN where missing.
         start : Tensor of shape (n, k), optional
-            Latents to start from, such as those of the last visit; zero by default.
+            Latents to start from, those of all layers side by side, such as those of the last
+            visit; zero by default.
 
         Returns
         -------
         Tensor of shape (n, k)
-            Latents, or scores where there is a rotation.
+            Latents of the top layer, or scores where there is a rotation.
         """
         if not len(x):
-            return self.loadings.new_zeros(0, self.loadings.shape[1])
+            return self.loadings.new_zeros(0, self.pairs()[-1][0].shape[1])
         batch = self._batch(x)
         latents = self._solve(batch, start).value
         latents = attach_gradient(
             latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
         )
+        latents = split_layers(latents, self._upper())[-1]
         return latents if self.rotation is None else latents @ self.rotation
 
     def certify(self, x: Tensor) -> FixedPointResult:
@@ -179,7 +221,15 @@ class EquilibriumLayer(nn.Module):
         -------
         FixedPointResult
         """
-        return self._solve(self._batch(x))
+        result = self._solve(self._batch(x))
+        return replace(result, layer_sizes=tuple(one.shape[1] for one, _ in self.pairs()))
+
+    def _upper(self) -> tuple[HiddenLayer, ...]:
+        return tuple(HiddenLayer(*pair) for pair in self.pairs()[1:])
+
+    def _detached(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
+        pairs = [(loadings.detach(), intercept.detach()) for loadings, intercept in self.pairs()]
+        return *pairs[0], tuple(HiddenLayer(*pair) for pair in pairs[1:])
 
     def _batch(self, x: Tensor) -> _Batch:
         if x.dim() != 2 or x.shape[1] != len(self.loadings):
@@ -209,6 +259,7 @@ class EquilibriumLayer(nn.Module):
             alpha=self.alpha,
             weight_decay=0.0,
             row_offset=None if batch.offset is None else batch.offset.detach(),
+            hidden_map=self.hidden_map,
         )
 
     @torch.compiler.disable
@@ -216,8 +267,7 @@ class EquilibriumLayer(nn.Module):
     def _solve(self, batch: _Batch, start: Tensor | None = None) -> FixedPointResult:
         return solve_latents(
             self._setting(batch),
-            self.loadings.detach(),
-            self.intercept.detach(),
+            *self._detached(),
             method="newton",
             tol=self.tol,
             max_iter=self.max_iter,
@@ -227,23 +277,33 @@ class EquilibriumLayer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _hessian(self, batch: _Batch, latents: Tensor) -> Tensor:
-        setting = replace(self._setting(batch), family=self._smooth())
-        problem = row_problem(setting, self.loadings.detach(), self.intercept.detach())
+        setting = replace(
+            self._setting(batch), family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
+        )
+        problem = latent_problem(setting, *self._detached())
         rows = torch.arange(len(latents), device=latents.device)
         return problem.derivatives(latents, rows)[2]
 
-    def _smooth(self) -> Family:
-        """Return the family whose stationary points the solver finds."""
-        widths = self.family.widths
-        return self.family.smoothed(widths[-1]) if widths else self.family
-
     def _gradient(self, batch: _Batch, latents: Tensor) -> Tensor:
         """Gradient of the energy in the latents, differentiable in all else."""
-        family = self._smooth()
-        predictor = torch.addmm(self.intercept, latents, self.loadings.T)
+        family, upper = _smooth(self.family), self._upper()
+        parts = split_layers(latents, upper)
+        predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
         if batch.offset is not None:
             predictor = predictor + batch.offset.unsqueeze(1)
         slope = family.energy(predictor, batch.statistic)[1]
         if batch.observed is not None:
             slope = torch.where(batch.observed == 0, 0.0, slope)
-        return slope @ self.loadings + self.alpha * latents
+        gradient = slope @ self.loadings + self.alpha * parts[0]
+        if not upper:
+            return gradient
+        hidden = layer_family(_smooth(self.hidden_map))
+        energies = hidden_energies(parts, upper, hidden)
+        above = hidden_gradients(parts, upper, hidden, energies)
+        above[0] = above[0] + gradient / self.alpha
+        return self.alpha * torch.cat(above, dim=1)
+
+
+def _smooth(kinked):
+    """Return the family or map whose stationary points the solver finds."""
+    return kinked.smoothed(kinked.widths[-1]) if kinked.widths else kinked

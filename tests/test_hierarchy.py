@@ -1,0 +1,318 @@
+"""Models of several latent layers, against their joint density and exact special cases."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import sample
+from scipy import sparse
+from scipy.stats import multivariate_normal
+
+from skdeq import DEQClassifier, ExpFamilyDEQ
+from skdeq._latents import solve_latents
+from skdeq._model import LatentModel, Setting
+from skdeq._observations import Observations
+from skdeq._stochastic import envelope_gradient
+from skdeq.families import Tanh, get_canonical_map, get_family
+from skdeq.nn import EquilibriumLayer
+
+MAPS = ("identity", "relu", "softplus", "tanh")
+
+
+def deep(family="poisson", hidden=(4,), k=2, X=None, **options):
+    X = sample(family) if X is None else X
+    options = {"max_iter": 15, "tol": 1e-2, "random_state": 0, **options}
+    return ExpFamilyDEQ(k, family=family, hidden_layer_sizes=hidden, **options).fit(X), X
+
+
+def layers_of(model):
+    """Loadings and intercepts of every layer as tensors."""
+    pairs = [(model.loadings_, model.intercept_)]
+    pairs += zip(model.hidden_loadings_, model.hidden_intercepts_, strict=True)
+    return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+
+
+def log_joint(model, x, parts):
+    """Log joint density of one row and its latents, from the library's families and torch."""
+    (loadings, intercept), *upper = layers_of(model)
+    eta = get_canonical_map(model.canonical_map).value(loadings @ parts[0] + intercept)
+    family = get_family(model.family)
+    seen = ~torch.isnan(x)
+    total = family.log_prob(torch.where(seen, x, 1.0), eta)[seen].sum()
+    deviation = torch.tensor(model.alpha, dtype=x.dtype).rsqrt()
+    means = [
+        get_canonical_map(model.hidden_map).value(W @ above + b)
+        for (W, b), above in zip(upper, parts[1:], strict=True)
+    ]
+    means.append(torch.zeros_like(parts[-1]))
+    for part, mean in zip(parts, means, strict=True):
+        total = total + torch.distributions.Normal(mean, deviation).log_prob(part).sum()
+    return total
+
+
+@pytest.mark.parametrize("hidden_map", MAPS)
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli", "poisson", "gamma"])
+def test_latents_of_all_layers_are_a_local_maximum_of_the_log_joint(family, hidden_map):
+    # On a kink, rounded off over 1e-8, the rounding of a predictor is 1e-8 of the slope.
+    tol = 1e-8 if hidden_map == "relu" else 1e-10
+    model, X = deep(family, hidden_map=hidden_map, fixed_point_tol=tol, alpha=1.5)
+    result = model.map_latents(X)
+    assert result.converged.all()
+    for row in range(0, len(X), 9):
+        parts = [torch.from_numpy(part[row].copy()) for part in result.layers]
+        sizes = [len(part) for part in parts]
+        x = torch.from_numpy(X[row])
+
+        def density(joint, x=x, sizes=sizes):
+            return log_joint(model, x, list(joint.split(sizes)))
+
+        joint = torch.cat(parts)
+        zeta = layers_of(model)[1][0] @ parts[1] + layers_of(model)[1][1]
+        if hidden_map == "relu" and float(zeta.abs().min()) < 1e-6:
+            # On a kink the gradient has no value: no neighbour is better.
+            steps = 1e-4 * torch.randn(200, len(joint), dtype=joint.dtype)
+            assert all(density(joint + step) <= density(joint) + 1e-12 for step in steps)
+            continue
+        gradient = torch.func.grad(density)(joint)
+        assert float(gradient.abs().max()) < 1e-6
+        assert float(torch.linalg.eigvalsh(torch.func.hessian(density)(joint)).max()) < 0
+
+
+def test_gaussian_layers_through_the_identity_are_one_normal_law():
+    X = np.random.default_rng(0).normal(size=(60, 7)) @ np.diag(np.arange(1, 8))
+    model, _ = deep("gaussian", (4, 3), 2, X=X, hidden_map="identity", alpha=0.7)
+    (W1, b1), (W2, b2), (W3, b3) = [tuple(map(np.asarray, pair)) for pair in layers_of(model)]
+    inner = np.eye(4) + W2 @ (np.eye(3) + W3 @ W3.T) @ W2.T
+    law = multivariate_normal(b1 + W1 @ (b2 + W2 @ b3), np.eye(7) + W1 @ inner @ W1.T / 0.7)
+    np.testing.assert_allclose(model.score_samples(X), law.logpdf(X), rtol=1e-9)
+
+
+def two_layers(n=900, p=40, h=15, k=2, alpha=5.0, seed=0):
+    """Yes/no data of known parameters: z1 around tanh(W2 z2 + b2)."""
+    rng = np.random.default_rng(seed)
+    W2, b2 = 2 * rng.normal(size=(h, k)), 0.3 * rng.normal(size=h)
+    W1 = 3 * rng.normal(size=(p, h)) / np.sqrt(h)
+    top = rng.normal(size=(n, k)) / np.sqrt(alpha)
+    first = np.tanh(top @ W2.T + b2) + rng.normal(size=(n, h)) / np.sqrt(alpha)
+    return (rng.random((n, p)) < 1 / (1 + np.exp(-first @ W1.T))).astype(float)
+
+
+def test_deep_model_beats_one_layer_on_data_of_two_layers():
+    X = two_layers()
+    train, test = X[:600], X[600:]
+    options = {"family": "bernoulli", "alpha": 5.0, "random_state": 0}
+
+    def held_out(model):
+        """Mean log joint of held-out rows at their MAP latents, all constants kept."""
+        result = model.map_latents(test)
+        assert result.converged.all()
+        rows = zip(torch.from_numpy(test), *map(torch.from_numpy, result.layers), strict=True)
+        return np.mean([float(log_joint(model, x, list(parts))) for x, *parts in rows])
+
+    two = ExpFamilyDEQ(2, hidden_layer_sizes=(15,), max_iter=30, **options).fit(train)
+    wide = ExpFamilyDEQ(15, **options).fit(train)
+    narrow = ExpFamilyDEQ(2, **options).fit(train)
+    # Densities of as many latents can be compared as they are; with 2 latents more the deep
+    # model has one more constant of the prior, which is to its disadvantage where alpha < 2 pi.
+    assert held_out(two) > held_out(wide)
+    assert two.score(test) > max(wide.score(test), narrow.score(test))
+
+
+def test_envelope_gradient_is_that_of_the_minimised_objective():
+    rng = np.random.default_rng(1)
+    X = torch.from_numpy(rng.poisson(1.0, size=(12, 6)).astype(float))
+    setting = Setting(
+        get_family("poisson"),
+        Observations(X),
+        alpha=1.3,
+        weight_decay=0.2,
+        sample_weight=torch.from_numpy(rng.uniform(0.5, 2, size=12)),
+        hidden_map=Tanh(),
+    )
+    matrices = [torch.from_numpy(rng.normal(size=shape)) for shape in ((6, 5), (4, 4), (3, 3))]
+
+    def objective(matrices):
+        model = LatentModel.of(matrices)
+        solved = solve_latents(
+            setting, *model.parameters, method="newton", tol=1e-13, max_iter=200
+        )
+        assert solved.converged.all()
+        return envelope_gradient(setting, matrices, solved.value)
+
+    gradients, _ = objective(matrices)
+    step = 1e-5
+    for gradient, matrix in zip(gradients, matrices, strict=True):
+        for place in ((0, 0), (1, 1), (2, -1)):
+            ends = []
+            for sign in (1, -1):
+                matrix[place] += sign * step
+                ends.append(objective(matrices)[1])
+                matrix[place] -= sign * step
+            numeric = (ends[0] - ends[1]) / (2 * step)
+            assert float(gradient[place]) == pytest.approx(numeric, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "empty", [(), [], np.array([], dtype=int)], ids=["tuple", "list", "array"]
+)
+def test_no_hidden_layers_is_the_model_of_one_layer(empty):
+    X = sample("poisson")
+    plain = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    same = ExpFamilyDEQ(2, family="poisson", hidden_layer_sizes=empty, random_state=0).fit(X)
+    assert plain.loadings_.tobytes() == same.loadings_.tobytes()
+    assert plain.transform(X).tobytes() == same.transform(X).tobytes()
+    assert same.hidden_loadings_ == []
+    (only,) = same.map_latents(X).layers
+    np.testing.assert_array_equal(only, same.map_latents(X).value)
+
+
+def test_shapes_order_and_prediction_from_the_top():
+    model, X = deep("poisson", (5, 3), 2)
+    result = model.map_latents(X)
+    assert [part.shape[1] for part in result.layers] == [5, 3, 2]
+    np.testing.assert_array_equal(np.hstack(result.layers), result.value)
+    scores = model.transform(X)
+    assert scores.shape == (len(X), 2)
+    np.testing.assert_allclose(model.components_ @ model.components_.T, np.eye(2), atol=1e-12)
+    covariance = np.cov(scores.T)
+    assert abs(covariance[0, 1]) < 1e-3 * covariance[0, 0]
+    assert covariance[0, 0] >= covariance[1, 1]
+    # From the top down by hand, in either unit.
+    first, second, top = (np.asarray(part) for part in result.layers)
+    (W1, b1), (W2, b2), (W3, b3) = [tuple(map(np.asarray, pair)) for pair in layers_of(model)]
+    expected = np.exp(np.tanh(np.tanh(top @ W3.T + b3) @ W2.T + b2) @ W1.T + b1)
+    np.testing.assert_allclose(model.inverse_transform(scores), expected, rtol=1e-8)
+    model.whiten = True
+    np.testing.assert_array_equal(model.transform(X), top)
+    np.testing.assert_allclose(model.inverse_transform(top), expected, rtol=1e-10)
+    assert 0 < model.explained_deviance_ratio_.sum() < 1
+
+
+def test_explained_deviance_is_that_of_predictions_from_the_top():
+    model, X = deep("poisson", (5,), 2, whiten=True)
+    family = get_family("poisson")
+
+    def deviance(mean):
+        eta = torch.from_numpy(np.log(mean))
+        return float(family.deviance(torch.from_numpy(X), eta).sum())
+
+    null = deviance(np.broadcast_to(X.mean(0), X.shape))
+    model_deviance = deviance(model.inverse_transform(model.transform(X)))
+    assert model.explained_deviance_ratio_.sum() == pytest.approx(1 - model_deviance / null)
+
+
+@pytest.mark.parametrize("fixed_point", ["newton", "anderson", "picard"])
+def test_certificates_of_deep_rows_are_honest(fixed_point):
+    model, X = deep("bernoulli", fixed_point_max_iter=400, max_iter=10)
+    model.set_params(fixed_point=fixed_point)
+    result = model.map_latents(X)
+    # The bare map of the layers need not contract.
+    assert result.converged.mean() > (0.3 if fixed_point == "picard" else 0.99)
+    for row in np.flatnonzero(result.converged)[::10]:
+        parts = [torch.from_numpy(part[row].copy()).requires_grad_() for part in result.layers]
+        gradients = torch.autograd.grad(log_joint(model, torch.from_numpy(X[row]), parts), parts)
+        assert max(float(one.abs().max()) for one in gradients) < 1e-4
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model, X = deep("poisson")
+    alone = np.vstack([model.transform(X[i : i + 1]) for i in range(10)])
+    np.testing.assert_allclose(alone, model.transform(X)[:10], rtol=1e-9, atol=1e-9)
+
+
+def test_sparse_missing_float32_pickle_and_stream():
+    X = sample("poisson", n=120)
+    model, _ = deep("poisson", X=X)
+    csr, _ = deep("poisson", X=sparse.csr_array(X))
+    np.testing.assert_allclose(csr.loadings_, model.loadings_, rtol=1e-6, atol=1e-8)
+    single, _ = deep("poisson", X=X.astype(np.float32))
+    assert single.transform(X.astype(np.float32)).dtype == np.float32
+    assert {one.dtype for one in single.hidden_loadings_} == {np.dtype(np.float32)}
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.transform(X), model.transform(X))
+    holes = X.copy()
+    holes[3] = np.nan
+    holes[5, 2] = np.nan
+    left_out, _ = deep("poisson", X=holes)
+    result = left_out.map_latents(holes)
+    assert result.converged.all()
+    row = [torch.from_numpy(part[5].copy()).requires_grad_() for part in result.layers]
+    gradients = torch.autograd.grad(log_joint(left_out, torch.from_numpy(holes[5]), row), row)
+    assert max(float(one.abs().max()) for one in gradients) < 1e-4
+    before = model.score(X)
+    stream = pickle.loads(pickle.dumps(model)).set_params(learning_rate=0.005)
+    for _ in range(20):
+        stream.partial_fit(X)
+    assert stream.loss_curve_[-1] < stream.loss_curve_[-20]
+    assert stream.score(X) > before - 0.5
+    warm = pickle.loads(pickle.dumps(model)).set_params(warm_start=True, max_iter=1).fit(X)
+    assert warm.loss_curve_[0] < model.loss_curve_[0]
+
+
+def test_same_seed_same_bytes():
+    (one, X), (two, _) = deep("bernoulli"), deep("bernoulli")
+    assert one.hidden_loadings_[0].tobytes() == two.hidden_loadings_[0].tobytes()
+    assert one.transform(X).tobytes() == two.transform(X).tobytes()
+
+
+@pytest.mark.parametrize("hidden_map", ["softplus", "tanh"])
+def test_gradcheck_of_the_deep_layer(hidden_map):
+    torch.manual_seed(0)
+    layer = EquilibriumLayer(
+        6, 2, family="poisson", hidden_layer_sizes=(3,), hidden_map=hidden_map, tol=1e-13
+    ).double()
+    x = torch.poisson(torch.full((4, 6), 2.0)).double()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    values = [one.detach().clone().requires_grad_() for one in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_module_returns_what_transform_returns(whiten):
+    model, X = deep("poisson", (5, 3), whiten=whiten)
+    layer = model.to_module()
+    output = layer(torch.from_numpy(X))
+    np.testing.assert_allclose(output.detach().numpy(), model.transform(X), atol=1e-9)
+    again = EquilibriumLayer(9, 2, family="poisson", hidden_layer_sizes=(5, 3)).double()
+    again.load_state_dict(layer.state_dict())
+    np.testing.assert_allclose(again(torch.from_numpy(X)).detach(), output.detach(), atol=1e-6)
+    assert [one.shape[1] for one in layer.certify(torch.from_numpy(X)).layers] == [5, 3, 2]
+
+
+def test_classifier_trains_all_layers():
+    X = two_layers(n=300, p=20, h=6)
+    y = (X[:, :4].sum(1) > 2).astype(int)
+    backbone, _ = deep("bernoulli", (6,), X=X, alpha=5.0)
+    classifier = DEQClassifier(backbone, head_layer_sizes=(), max_iter=15, tol=0, random_state=0)
+    with pytest.warns(UserWarning, match="did not converge"):
+        classifier.fit(X, y)
+    moved = classifier.backbone_.hidden_loadings_[0] - backbone.hidden_loadings_[0]
+    assert np.abs(moved).max() > 1e-3
+    assert classifier.loss_curve_[-1] < classifier.loss_curve_[0]
+    frozen = DEQClassifier(backbone, fine_tune=False, head_layer_sizes=(), max_iter=15, tol=0)
+    with pytest.warns(UserWarning, match="did not converge"):
+        frozen.fit(X, y)
+    assert classifier.loss_curve_[-1] < frozen.loss_curve_[-1]
+    assert classifier.backbone_.transform(X).shape == (300, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_layer_sizes": (3, 0)}, "integers of at least 1"),
+        ({"hidden_layer_sizes": (2.5,)}, "integers of at least 1"),
+        ({"hidden_layer_sizes": ("4",)}, "integers of at least 1"),
+        ({"hidden_layer_sizes": (1,)}, "must not grow from the data to the top"),
+        ({"hidden_layer_sizes": (3, 5)}, "must not grow from the data to the top"),
+        ({"hidden_layer_sizes": (30,)}, "more than min\\(n_samples, n_features\\)=9"),
+        ({"hidden_layer_sizes": (4,), "solver": "scoring"}, "is for one layer of latents"),
+    ],
+)
+def test_bad_sizes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExpFamilyDEQ(2, **options).fit(sample("gaussian"))
