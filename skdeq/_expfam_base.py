@@ -24,6 +24,7 @@ from skdeq._canonical import through
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
+from skdeq._progress import Progress
 from skdeq._rotation import (
     explained_deviance,
     latent_covariance,
@@ -96,7 +97,7 @@ class LatentVariableEstimator(BaseEstimator):
         logs = torch.from_numpy(log_base_rows(X, family))
         return X, replace(setting, log_base=setting.weighted_sum(logs)), profile
 
-    def _fit(self, X, sample_weight):
+    def _fit(self, X, sample_weight, progress: Progress):
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
         k = self.n_components
@@ -111,8 +112,16 @@ class LatentVariableEstimator(BaseEstimator):
             previous = self._parameters(setting)
         solver = fit_minibatches if self.solver == "adam" else fit_full_batch
         options = self._options()
-        model, trace = solver(setting, options, generator, previous)
-        if not trace.converged:
+
+        def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
+            model, trace = fit
+            moments = latent_covariance(model.latents, setting.sample_weight)
+            estimator._store(X, setting, model, trace, moments)
+            estimator._exposure_profile, estimator._adam = profile, None
+
+        progress.store = store
+        model, trace = solver(setting, options, generator, previous, progress)
+        if not trace.converged and not progress.stopped:
             advice = ", or weight_decay: without it the optimum may lie at infinity"
             advice = advice if self.weight_decay == 0 else ""
             warnings.warn(
@@ -122,9 +131,7 @@ class LatentVariableEstimator(BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        moments = latent_covariance(model.latents, setting.sample_weight)
-        self._store(X, setting, model, trace, moments)
-        self._exposure_profile, self._adam = profile, None
+        store(self, (model, trace))
         return setting, model
 
     def _options(self) -> FitOptions:
@@ -137,7 +144,6 @@ class LatentVariableEstimator(BaseEstimator):
             fixed_point=self.fixed_point,
             fixed_point_tol=float(self.fixed_point_tol),
             fixed_point_max_iter=int(self.fixed_point_max_iter),
-            verbose=int(self.verbose),
         )
 
     def _store(self, X, setting, model, trace, moments) -> None:
@@ -157,7 +163,7 @@ class LatentVariableEstimator(BaseEstimator):
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
         self.explained_deviance_ratio_ = to_numpy(explained, dtype)
-        self.loss_curve_ = trace.loss_curve
+        self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
         self.converged_ = trace.converged
         self._to_scores = to_numpy(to_scores, dtype)
