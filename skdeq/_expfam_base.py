@@ -1,7 +1,7 @@
 """What ExpFamilyDEQ does behind its public methods: validate, to tensors, solve, store."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ class LatentVariableEstimator(BaseEstimator):
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept = self._parameters(setting)
         parameters = torch.cat([loadings, intercept.unsqueeze(1)], dim=1)
-        state = self._adam or AdamState.zeros(*loadings.shape)
+        state = AdamState(**self._adam) if self._adam else AdamState.zeros(*loadings.shape)
         rate = self.learning_rate / (1 + state.step / 100) ** 0.5
         optimiser = make_adam(parameters, rate, state)
         solution, objective = solve_and_step(
@@ -224,7 +224,8 @@ class LatentVariableEstimator(BaseEstimator):
         )
         moments = pooled_covariance(seen, batch)
         self._store(X, setting, model, trace, moments)
-        self._adam = adam_state(parameters, optimiser)
+        # Of plain types, as everything else that is saved.
+        self._adam = asdict(adam_state(parameters, optimiser))
 
     def _parameters(self, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
         """Fitted loadings and intercept in the type and on the device of the data."""
