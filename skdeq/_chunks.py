@@ -43,11 +43,11 @@ def parallel_chunks() -> Iterator[None]:
         alone = _shared["inside"] == 1
         threads = _shared["threads"]
     pool = None
-    if alone and threads > 1:
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    torch.set_num_threads(1)
-    _local.inside, _local.pool = True, pool
     try:
+        if alone and threads > 1:
+            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        torch.set_num_threads(1)
+        _local.inside, _local.pool = True, pool
         yield
     finally:
         _local.inside, _local.pool = False, None

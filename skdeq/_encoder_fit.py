@@ -11,7 +11,7 @@ from torch import Tensor
 from skdeq._chunks import map_chunks, one_ahead, parallel_chunks
 from skdeq._observations import CompressedRows
 from skdeq._precondition import SQUARED_NORM, RowBatches
-from skdeq._progress import reporter
+from skdeq._progress import Progress
 from skdeq.objectives import Activation, BatchObjective, ObjectiveWeights, weight_redundancy
 
 __all__ = [
@@ -57,7 +57,6 @@ class EncoderOptions:
     max_iter: int
     tol: float
     revive_dead: bool
-    verbose: int
 
 
 @dataclass
@@ -196,24 +195,27 @@ class EncoderTrainer:
         return float(self._terms.double().cpu() @ self.options.weights.vector) / count
 
     def fit(
-        self, rows: RowBatches, sample_weight: Tensor | None, generator: torch.Generator
+        self,
+        rows: RowBatches,
+        sample_weight: Tensor | None,
+        generator: torch.Generator,
+        progress: Progress,
     ) -> EncoderTrace:
         """Train for at most `max_iter` epochs, until the loss stops falling or is lost."""
         options, trace = self.options, EncoderTrace()
-        report = reporter("ImplicitEMEncoder", "epoch", options.verbose)
         best, quiet = torch.inf, 0
         for _ in range(options.max_iter):
+            progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator).to(rows.device)
             self._safe_epoch(rows, sample_weight, order, trace)
             if trace.diverged:
                 break
             loss = trace.loss_curve[-1]
-            if report is not None:
-                report(trace.n_iter, loss)
+            stop = progress.end(loss, lambda: trace)
             # The objective may pass through zero, where its change has no scale.
-            progress = best - loss > options.tol * max(abs(loss), 1.0)
-            best, quiet = min(best, loss), 0 if progress else quiet + 1
-            if options.tol > 0 and quiet >= _PATIENCE:
+            gained = best - loss > options.tol * max(abs(loss), 1.0)
+            best, quiet = min(best, loss), 0 if gained else quiet + 1
+            if stop or (options.tol > 0 and quiet >= _PATIENCE):
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
                 self.revive(rows.p, generator)

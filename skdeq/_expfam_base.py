@@ -1,7 +1,7 @@
 """What ExpFamilyDEQ does behind its public methods: validate, to tensors, solve, store."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from numbers import Integral
 
@@ -33,13 +33,14 @@ from skdeq._hierarchy import (
 )
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
+from skdeq._progress import Progress
 from skdeq._rotation import (
     explained_deviance,
     latent_covariance,
     orthonormal_scores,
     pooled_covariance,
 )
-from skdeq._stochastic import adam_state, make_adam, solve_and_step
+from skdeq._stochastic import AdamState, adam_state, make_adam, solve_and_step
 from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
@@ -131,7 +132,7 @@ class LatentVariableEstimator(BaseEstimator):
         log_base = setting.weighted_sum(logs)
         return X, replace(setting, log_base=log_base, hidden_map=hidden), profile
 
-    def _fit(self, X, sample_weight):
+    def _fit(self, X, sample_weight, progress: Progress):
         sizes = self._sizes()
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
@@ -153,8 +154,16 @@ class LatentVariableEstimator(BaseEstimator):
         minibatches = self.solver == "adam" or len(sizes) > 1
         solver = fit_minibatches if minibatches else fit_full_batch
         options = self._options()
-        model, trace = solver(setting, options, generator, previous)
-        if not trace.converged:
+
+        def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
+            model, trace = fit
+            moments = latent_covariance(_top(model.latents, model.upper), setting.sample_weight)
+            estimator._store(X, setting, model, trace, moments)
+            estimator._exposure_profile, estimator._adam = profile, None
+
+        progress.store = store
+        model, trace = solver(setting, options, generator, previous, progress)
+        if not trace.converged and not progress.stopped:
             advice = ", or weight_decay: without it the optimum may lie at infinity"
             advice = advice if self.weight_decay == 0 else ""
             warnings.warn(
@@ -164,9 +173,7 @@ class LatentVariableEstimator(BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        moments = latent_covariance(_top(model.latents, model.upper), setting.sample_weight)
-        self._store(X, setting, model, trace, moments)
-        self._exposure_profile, self._adam = profile, None
+        store(self, (model, trace))
         return setting, model
 
     def _options(self) -> FitOptions:
@@ -179,7 +186,6 @@ class LatentVariableEstimator(BaseEstimator):
             fixed_point=self.fixed_point,
             fixed_point_tol=float(self.fixed_point_tol),
             fixed_point_max_iter=int(self.fixed_point_max_iter),
-            verbose=int(self.verbose),
             hidden_layer_sizes=self._sizes()[:-1],
         )
 
@@ -205,7 +211,7 @@ class LatentVariableEstimator(BaseEstimator):
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
         self.explained_deviance_ratio_ = to_numpy(explained, dtype)
-        self.loss_curve_ = trace.loss_curve
+        self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
         self.converged_ = trace.converged
         self._to_scores = to_numpy(to_scores, dtype)
@@ -251,9 +257,9 @@ class LatentVariableEstimator(BaseEstimator):
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept, upper = self._parameters(setting)
         parameters = LatentModel(loadings, intercept, None, upper).matrices()
-        seen = 0 if self._adam is None else self._adam.step
-        rate = self.learning_rate / (1 + seen / 100) ** 0.5
-        optimiser = make_adam(parameters, rate, self._adam)
+        state = None if self._adam is None else AdamState(**self._adam)
+        rate = self.learning_rate / (1 + (0 if state is None else state.step) / 100) ** 0.5
+        optimiser = make_adam(parameters, rate, state)
         solution, objective = solve_and_step(
             setting,
             parameters,
@@ -279,7 +285,8 @@ class LatentVariableEstimator(BaseEstimator):
         )
         moments = pooled_covariance(seen, batch)
         self._store(X, setting, model, trace, moments)
-        self._adam = adam_state(parameters, optimiser)
+        # Of plain types, as everything else that is saved.
+        self._adam = asdict(adam_state(parameters, optimiser))
 
     def _layer_sizes(self) -> tuple[int, ...]:
         """Numbers of features and of latents of each layer as fitted; empty before."""

@@ -8,13 +8,14 @@ import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _num_samples, check_is_fitted
+from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
 
 from skdeq._architecture import describe
-from skdeq._base import SkdeqManners, log_base_rows, to_numpy, to_tensor, unchanged_on_error
+from skdeq._base import SkdeqManners, log_base_rows, to_numpy, to_tensor
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
+from skdeq._progress import CallbackSupportMixin, training
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -32,7 +33,11 @@ _HIDDEN_MAPS = ("identity", "relu", "softplus", "tanh")
 
 
 class ExpFamilyDEQ(
-    SkdeqManners, ClassNamePrefixFeaturesOutMixin, TransformerMixin, LatentVariableEstimator
+    CallbackSupportMixin,
+    SkdeqManners,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    LatentVariableEstimator,
 ):
     r"""Principal component analysis for counts, binary and other non-Gaussian data.
 
@@ -155,7 +160,9 @@ class ExpFamilyDEQ(
         Seed of the randomised SVD at the start and of the minibatches.
 
     verbose : int, default=0
-        1 prints a line for each iteration.
+        1 prints a line for each iteration: the objective, the largest residual of a row's latents
+        and the share of rows within `fixed_point_tol` (where the iteration makes them known), and
+        the time to `max_iter`. For progress bars see :ref:`progress`.
 
     Attributes
     ----------
@@ -306,8 +313,8 @@ class ExpFamilyDEQ(
             For observations outside the support of the family, naming row and column, for a
             column without any observation, and for more components than rows or columns.
         """
-        with unchanged_on_error(self), parallel_chunks():
-            self._fit(X, sample_weight)
+        with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
+            self._fit(X, sample_weight, progress)
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -328,8 +335,8 @@ class ExpFamilyDEQ(
         ndarray of shape (n_samples, n_components)
             Scores, or latents if ``whiten=True``.
         """
-        with unchanged_on_error(self), parallel_chunks():
-            setting, model = self._fit(X, sample_weight)
+        with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
+            setting, model = self._fit(X, sample_weight, progress)
             left_out = setting.observations.shape[0] < _num_samples(X)
             if left_out or not setting.family.is_canonical:
                 # Rows of zero weight took no part in the fit; and where a row has several
@@ -436,7 +443,7 @@ class ExpFamilyDEQ(
             marginal = laplace_log_likelihood(setting, *self._parameters(setting), result.value)
             return to_numpy(marginal) + log_base_rows(X, setting.family)
 
-    def score(self, X, y=None):
+    def score(self, X, y=None, sample_weight=None):
         """Mean of `score_samples`, for model selection by cross-validation.
 
         Parameters
@@ -445,13 +452,18 @@ class ExpFamilyDEQ(
             Observations in the support of the family; NaN where missing.
         y : Ignored
             Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights of the rows in the mean.
 
         Returns
         -------
         float
             Mean log-likelihood of a row.
         """
-        return float(np.mean(self.score_samples(X)))
+        scores = self.score_samples(X)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        return float(np.average(scores, weights=sample_weight))
 
     def architecture(self):
         """Describe the equilibrium layer that family and canonical map amount to.
@@ -531,12 +543,25 @@ class ExpFamilyDEQ(
         self : ExpFamilyDEQ
             The updated estimator.
         """
-        with unchanged_on_error(self), parallel_chunks():
-            if getattr(self, "components_", None) is None:
-                self._fit(X, sample_weight)
+        first = getattr(self, "components_", None) is None
+        with self._fitting(X, y, sample_weight, stream=not first) as progress, parallel_chunks():
+            if first:
+                self._fit(X, sample_weight, progress)
             else:
                 self._update(X, sample_weight)
         return self
+
+    def _fitting(self, X, y, sample_weight, *, stream: bool = False):
+        """Context in which this estimator is fitted, or takes one step of a stream."""
+        return training(
+            self,
+            X,
+            y,
+            sample_weight,
+            unit="epoch" if self.solver == "adam" else "iteration",
+            most=0 if stream else int(self.max_iter),
+            row_tol=float(self.fixed_point_tol),
+        )
 
     @property
     def _n_features_out(self) -> int:

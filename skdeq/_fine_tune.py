@@ -9,7 +9,6 @@ from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
-from skdeq._base import unchanged_on_error
 from skdeq._chunks import parallel_chunks
 from skdeq._fine_tune_base import FineTuned
 
@@ -67,7 +66,9 @@ _PARAMETERS = """
         backbone that has none.
 
     verbose : int, default=0
-        1 prints a line for each epoch.
+        1 prints a line for each epoch: the loss, the score on the rows held out, and the time to
+        `max_iter`. The backbone has a `verbose` of its own. For progress bars see
+        :ref:`progress`.
 """
 
 _ATTRIBUTES = """
@@ -148,7 +149,7 @@ class DEQClassifier(ClassifierMixin, FineTuned):
         self : DEQClassifier
             The updated estimator.
         """
-        with unchanged_on_error(self), parallel_chunks():
+        with self._fitting(X, y, sample_weight, stream=True) as progress, parallel_chunks():
             going_on = hasattr(self, "coefs_")
             if not going_on and classes is None:
                 raise ValueError("classes must be given in the first call of partial_fit.")
@@ -162,7 +163,7 @@ class DEQClassifier(ClassifierMixin, FineTuned):
                     f"{self.classes_.tolist()}."
                 )
             labels = None if going_on else column_or_1d(np.asarray(classes))
-            self._pass_once(X, y, sample_weight, labels=labels)
+            self._pass_once(X, y, sample_weight, progress, labels=labels)
         return self
 
     def predict_proba(self, X):
@@ -283,8 +284,8 @@ class DEQRegressor(RegressorMixin, FineTuned):
         self : DEQRegressor
             The updated estimator.
         """
-        with unchanged_on_error(self), parallel_chunks():
-            self._pass_once(X, y, sample_weight)
+        with self._fitting(X, y, sample_weight, stream=True) as progress, parallel_chunks():
+            self._pass_once(X, y, sample_weight, progress)
         return self
 
     def predict(self, X):

@@ -13,16 +13,17 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from skdeq._base import SkdeqManners, check_observations, resolve_device, unchanged_on_error
+from skdeq._base import SkdeqManners, check_observations, resolve_device
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
+from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq.families import get_family
 
 __all__ = ["FineTuned"]
 
 
-class FineTuned(SkdeqManners, BaseEstimator):
+class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
 
     _parameter_constraints = {
@@ -101,16 +102,22 @@ class FineTuned(SkdeqManners, BaseEstimator):
         ValueError
             For observations outside the support of the family, naming row and column.
         """
-        with unchanged_on_error(self), parallel_chunks():
+        with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
             X, y, sample_weight = self._validated(X, y, sample_weight, reset=True)
             going_on = self.warm_start and self._fits_together(X.shape[1], y)
             if not going_on:
                 self._learn_targets(y, sample_weight)
             targets = self._encode_targets(y)
-            self._train(X, targets, sample_weight, going_on=going_on, stream=False)
+            self._train(X, targets, sample_weight, progress, going_on=going_on, stream=False)
         return self
 
-    def _pass_once(self, X, y, sample_weight, *, labels=None) -> None:
+    def _fitting(self, X, y, sample_weight, *, stream: bool = False):
+        """Context in which this estimator is fitted, or takes in some rows of a stream."""
+        most = 0 if stream else int(self.max_iter)
+        # The backbone, which is pretrained first, is a fit of its own.
+        return training(self, X, y, sample_weight, unit="epoch", most=most, parts=1)
+
+    def _pass_once(self, X, y, sample_weight, progress: Progress, *, labels=None) -> None:
         """Go once through some rows; of the first call learn the targets, or take the labels."""
         going_on = hasattr(self, "coefs_")
         X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
@@ -119,7 +126,7 @@ class FineTuned(SkdeqManners, BaseEstimator):
         elif not going_on:
             self._learn_targets(labels, None)
         targets = self._encode_targets(y)
-        self._train(X, targets, sample_weight, going_on=going_on, stream=True)
+        self._train(X, targets, sample_weight, progress, going_on=going_on, stream=True)
 
     def _validated(self, X, y, sample_weight, *, reset: bool):
         self._check_head()
@@ -164,7 +171,7 @@ class FineTuned(SkdeqManners, BaseEstimator):
     def _backbone(self) -> ExpFamilyDEQ:
         return ExpFamilyDEQ() if self.backbone is None else self.backbone
 
-    def _pretrained(self, X, sample_weight, seed: int) -> ExpFamilyDEQ:
+    def _pretrained(self, X, sample_weight, progress: Progress, seed: int) -> ExpFamilyDEQ:
         """Copy of the backbone, fitted."""
         backbone = self._backbone()
         if hasattr(backbone, "components_"):
@@ -184,7 +191,8 @@ class FineTuned(SkdeqManners, BaseEstimator):
         backbone = clone(backbone)
         if backbone.random_state is None:
             backbone.set_params(random_state=seed)
-        backbone.fit(X, sample_weight=sample_weight)
+        with progress.part("pretrain", backbone):
+            backbone.fit(X, sample_weight=sample_weight)
         if hasattr(self, "feature_names_in_"):
             # X was a data frame before it was validated.
             backbone.feature_names_in_ = self.feature_names_in_
@@ -196,12 +204,14 @@ class FineTuned(SkdeqManners, BaseEstimator):
             warnings.filterwarnings("ignore", message="X does not have valid feature names")
             return self.backbone_.map_latents(X).layers[-1]
 
-    def _train(self, X, targets, sample_weight, *, going_on: bool, stream: bool) -> None:
+    def _train(
+        self, X, targets, sample_weight, progress: Progress, *, going_on: bool, stream: bool
+    ) -> None:
         random_state = check_random_state(self.random_state)
         seeds = random_state.randint(np.iinfo(np.int32).max, size=3)
         device = resolve_device(self.device)
         if not going_on:
-            self.backbone_ = self._pretrained(X, sample_weight, int(seeds[0]))
+            self.backbone_ = self._pretrained(X, sample_weight, progress, int(seeds[0]))
             latents = self._latents(X)
             head = Head.start(
                 latents,
@@ -234,7 +244,8 @@ class FineTuned(SkdeqManners, BaseEstimator):
                     return self._metric(targets[held_out], outputs, weight)
 
             generator = torch.Generator().manual_seed(int(seeds[2]))
-            converged = trainer.fit(train, generator, score)
+            progress.store = FineTuned._store
+            converged = trainer.fit(train, generator, progress, score) or progress.stopped
         self._store(trainer, going_on and stream)
         if trainer.taken_back:
             warnings.warn(
@@ -263,8 +274,6 @@ class FineTuned(SkdeqManners, BaseEstimator):
             max_iter=int(self.max_iter),
             tol=float(self.tol),
             n_iter_no_change=int(self.n_iter_no_change),
-            name=type(self).__name__,
-            verbose=int(self.verbose),
         )
 
     def _split(self, targets, seed: int):
@@ -285,7 +294,7 @@ class FineTuned(SkdeqManners, BaseEstimator):
             np.arange(len(targets)), test_size=n_held_out, random_state=seed, stratify=strata
         )
 
-    def _store(self, trainer: HeadTrainer, append: bool) -> None:
+    def _store(self, trainer: HeadTrainer, append: bool = False) -> None:
         head = trainer.head_arrays()
         if self.fine_tune:
             # Not in place: what went wrong later on could not be undone.
@@ -298,7 +307,7 @@ class FineTuned(SkdeqManners, BaseEstimator):
         past = self.loss_curve_ if append else []
         self.loss_curve_ = [*past, *trainer.loss_curve]
         self.n_iter_ = len(self.loss_curve_)
-        self.validation_scores_ = trainer.scores if trainer.scores else None
+        self.validation_scores_ = list(trainer.scores) if trainer.scores else None
         self._solver_state = trainer.state()
 
     def _outputs(self, X) -> np.ndarray:

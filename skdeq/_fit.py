@@ -8,7 +8,7 @@ from torch import Tensor
 from skdeq._hierarchy import HiddenLayer
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Setting, hidden_setting, null_model
-from skdeq._progress import reporter
+from skdeq._progress import Progress
 from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance
 from skdeq._spectral import spectral_start
@@ -39,7 +39,6 @@ class FitOptions:
     fixed_point: str
     fixed_point_tol: float
     fixed_point_max_iter: int
-    verbose: int
     hidden_layer_sizes: tuple[int, ...] = ()
 
     def latent_solver(self) -> dict:
@@ -124,36 +123,34 @@ def fit_full_batch(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple | None = None,
+    previous: tuple | None,
+    progress: Progress,
 ) -> tuple[LatentModel, Trace]:
     """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
     model, trace = _start(setting, options, generator, previous)
-    scoring = Scoring(
-        setting,
-        options.max_iter,
-        options.tol,
-        reporter("ExpFamilyDEQ", "iteration", options.verbose),
-    )
-    model = scoring.run(model, trace.null_objective)
-    trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
-    trace.converged = scoring.converged
-    if scoring.exact:
-        # The latents are those of the loadings before the last; a Newton step or two mends that.
-        solved = solve_latents(
-            setting,
-            *model.parameters,
-            start=model.latents,
-            **options.latent_solver(),
-        )
-        model = LatentModel(model.loadings, model.intercept, solved.value)
-    return fix_signs(model), trace
+
+    def finish(model: LatentModel) -> tuple[LatentModel, Trace]:
+        trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
+        trace.converged = scoring.converged
+        if scoring.exact:
+            # The latents are those of the loadings before the last; a Newton step or two mends
+            # that.
+            solved = solve_latents(
+                setting, *model.parameters, start=model.latents, **options.latent_solver()
+            )
+            model = replace(model, latents=solved.value)
+        return fix_signs(model), trace
+
+    scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
+    return finish(scoring.run(model, trace.null_objective))
 
 
 def fit_minibatches(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple | None = None,
+    previous: tuple | None,
+    progress: Progress,
 ) -> tuple[LatentModel, Trace]:
     """Fit by epochs of minibatches; the parameters of the best epoch are kept."""
     model, trace = _start(setting, options, generator, previous)
@@ -165,14 +162,26 @@ def fit_minibatches(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, options.max_iter * max(1, n // size)
     )
-    report = reporter("ExpFamilyDEQ", "epoch", options.verbose)
     solved = solve_latents(setting, *model.parameters, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
     best = (objective, replace(model, latents=solved.value))
     last, quiet = objective, 0
     latents = solved.value.clone()
     loose = {**options.latent_solver(), "tol": max(options.fixed_point_tol, _LOOSE)}
+    progress.row_tol = loose["tol"]
+
+    def finish() -> tuple[LatentModel, Trace]:
+        # In full accuracy and, where a row has several solutions, the one that is found without
+        # knowing another.
+        model = best[1]
+        solved = solve_latents(setting, *model.parameters, **options.latent_solver())
+        model = replace(model, latents=solved.value)
+        if not model.upper:
+            model = fix_signs(balance(setting, model)(model))
+        return model, trace
+
     for epoch in range(1, options.max_iter + 1):
+        progress.begin()
         order = torch.randperm(n, generator=generator).to(device)
         for batch in order.split(size):
             # From where the last visit left the rows, to the accuracy that a step can use.
@@ -188,8 +197,6 @@ def fit_minibatches(
         _, objective = envelope_gradient(setting, parameters, solved.value)
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
-        if report is not None:
-            report(epoch, objective)
         gained = max(trace.null_objective - objective, 0.0)
         quiet = quiet + 1 if abs(last - objective) <= options.tol * gained else 0
         trace.converged = quiet >= 2
@@ -205,13 +212,7 @@ def fit_minibatches(
             for group in optimiser.param_groups:
                 group["lr"] *= 0.1
             last = best[0]
-        if trace.converged:
+        stop = progress.end(objective, finish, residual=solved.residual)
+        if trace.converged or stop:
             break
-    model = best[1]
-    # In full accuracy and, where a row has several solutions, the one that is found without
-    # knowing another.
-    solved = solve_latents(setting, *model.parameters, **options.latent_solver())
-    model = replace(model, latents=solved.value)
-    if model.upper:
-        return model, trace
-    return fix_signs(balance(setting, model)(model)), trace
+    return finish()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skdeq._base import rows_of, to_numpy, to_tensor
-from skdeq._progress import reporter
+from skdeq._progress import Progress
 from skdeq.nn import EquilibriumLayer
 
 __all__ = ["Head", "HeadOptions", "HeadTrainer", "TrainingRows"]
@@ -72,8 +72,6 @@ class HeadOptions:
     max_iter: int
     tol: float
     n_iter_no_change: int
-    name: str
-    verbose: int
 
 
 @dataclass
@@ -230,6 +228,7 @@ class HeadTrainer:
         self,
         rows: np.ndarray,
         generator: torch.Generator,
+        progress: Progress,
         score: Callable[[], float] | None = None,
     ) -> bool:
         """Train until the loss, or else the score, makes no more progress; return whether it did.
@@ -240,6 +239,8 @@ class HeadTrainer:
             Rows to train on.
         generator : torch.Generator
             Draws the minibatches.
+        progress : Progress
+            Is told of each epoch.
         score : callable, optional
             Score on other rows; the parameters of the best epoch are kept.
 
@@ -248,10 +249,10 @@ class HeadTrainer:
         bool
         """
         options = self.options
-        report = reporter(options.name, "epoch", options.verbose)
         best, kept, quiet = -np.inf, None, 0
         rows = torch.from_numpy(rows)
-        for epoch in range(1, options.max_iter + 1):
+        for _ in range(options.max_iter):
+            progress.begin()
             order = rows
             if len(rows) > options.batch_size:
                 order = rows[torch.randperm(len(rows), generator=generator)]
@@ -261,14 +262,13 @@ class HeadTrainer:
             if score is not None:
                 merit = score()
                 self.scores.append(merit)
-            if report is not None:
-                report(epoch, loss)
+            stop = progress.end(loss, lambda: self, score=None if score is None else merit)
             quiet = 0 if merit > best + options.tol else quiet + 1
             if merit > best:
                 best = merit
                 if score is not None:
                     kept = [parameter.detach().clone() for parameter in self._parameters]
-            if quiet >= options.n_iter_no_change:
+            if stop or quiet >= options.n_iter_no_change:
                 break
         self._check_last_step()
         if kept is not None:

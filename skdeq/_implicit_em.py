@@ -23,7 +23,6 @@ from skdeq._base import (
     to_numpy,
     to_rows,
     to_tensor,
-    unchanged_on_error,
 )
 from skdeq._encoder_fit import (
     DEAD_VARIANCE,
@@ -35,6 +34,7 @@ from skdeq._encoder_fit import (
     start_weights,
 )
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
+from skdeq._progress import CallbackSupportMixin, training
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -49,7 +49,11 @@ __all__ = ["ImplicitEMEncoder"]
 
 
 class ImplicitEMEncoder(
-    SkdeqManners, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    CallbackSupportMixin,
+    SkdeqManners,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     r"""Sparse features without a decoder: one linear layer trained by implicit EM.
 
@@ -134,7 +138,8 @@ class ImplicitEMEncoder(
         Seed of the first weights and of the minibatches.
 
     verbose : int, default=0
-        1 prints a line for each epoch.
+        1 prints a line for each epoch: the objective, and the time to `max_iter`. For progress
+        bars see :ref:`progress`.
 
     Attributes
     ----------
@@ -273,7 +278,9 @@ class ImplicitEMEncoder(
         ValueError
             For entries that are not finite, naming row and column, and for fewer than two rows.
         """
-        with unchanged_on_error(self):
+        with training(
+            self, X, y, sample_weight, unit="epoch", most=int(self.max_iter)
+        ) as progress:
             X, sample_weight = self._training(X, sample_weight, reset=True)
             generator = seeded_generator(self.random_state)
             rows = to_rows(X, resolve_device(self.device))
@@ -287,7 +294,12 @@ class ImplicitEMEncoder(
             else:
                 start = start_weights(*shape, generator)
             trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
-            trace = trainer.fit(batches, weight, generator)
+
+            def store(estimator, trace: EncoderTrace) -> None:
+                estimator._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+
+            progress.store = store
+            trace = trainer.fit(batches, weight, generator, progress)
             if trace.diverged:
                 warnings.warn(
                     f"{type(self).__name__} diverged in epoch {trace.n_iter + 1} and was set back "
@@ -296,7 +308,8 @@ class ImplicitEMEncoder(
                     ConvergenceWarning,
                     stacklevel=3,
                 )
-            self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+            store(self, trace)
+            self._warn_if_dead()
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -319,7 +332,7 @@ class ImplicitEMEncoder(
         self : ImplicitEMEncoder
             The updated estimator.
         """
-        with unchanged_on_error(self):
+        with training(self, X, y, sample_weight):
             first = getattr(self, "components_", None) is None
             X, sample_weight = self._training(X, sample_weight, reset=first)
             rows = to_rows(X, resolve_device(self.device))
@@ -350,6 +363,7 @@ class ImplicitEMEncoder(
                     stacklevel=3,
                 )
             self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+            self._warn_if_dead()
         return self
 
     def transform(self, X):
@@ -407,29 +421,35 @@ class ImplicitEMEncoder(
             raise ValueError(f"D has {D.shape[1]} columns, but this model has {k} components.")
         return (D @ self.components_).astype(D.dtype, copy=False)
 
-    def loss_terms(self, X):
+    def loss_terms(self, X, sample_weight=None):
         """Terms of the objective on rows taken as one batch, each with its weight.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Finite rows; at least two.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights, as in `fit`.
 
         Returns
         -------
         dict of str to float
             "lse", "variance", "decorrelation" and "weight_redundancy"; they sum to the objective.
         """
-        distance = self._distances(X, min_rows=2)
+        check_is_fitted(self)
+        X = check_rows(self, X, reset=False, min_rows=2)
+        X, sample_weight = self._weighted(X, sample_weight)
+        distance = self._encode(to_rows(X, resolve_device(self.device)))
         weights = self._objective_weights()
         objective = BatchObjective(weights, *distance.shape, distance)
-        objective(distance)
+        weight = self._weight_tensor(sample_weight)
+        objective(distance, None if weight is None else weight.to(distance.dtype))
         redundancy, _ = weight_redundancy(to_tensor(self.components_).double())
         terms = [*objective.terms.double().cpu(), redundancy]
         values = weights.vector * torch.stack(terms)
         return dict(zip(ObjectiveWeights.__dataclass_fields__, values.tolist(), strict=True))
 
-    def score(self, X, y=None):
+    def score(self, X, y=None, sample_weight=None):
         """Objective with its sign changed, for model selection by cross-validation.
 
         Models with different weights of the terms have different objectives, and their scores
@@ -441,13 +461,15 @@ class ImplicitEMEncoder(
             Finite rows; at least two.
         y : Ignored
             Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights, as in `fit`.
 
         Returns
         -------
         float
             Greater is better.
         """
-        return -sum(self.loss_terms(X).values())
+        return -sum(self.loss_terms(X, sample_weight).values())
 
     def _activation(self) -> Activation:
         if isinstance(self.activation, Activation):
@@ -471,9 +493,13 @@ class ImplicitEMEncoder(
         )
 
     def _training(self, X, sample_weight, *, reset: bool):
-        """Validate training rows and weights; rows of no weight are left out."""
+        """Validate training rows and their weights."""
         self._activation()
         X = check_rows(self, X, reset=reset, min_rows=2)
+        return self._weighted(X, sample_weight)
+
+    def _weighted(self, X, sample_weight):
+        """Validate the weights of validated rows; rows of no weight are left out."""
         if sample_weight is not None:
             dtype = np.result_type(X.dtype, np.float32)
             sample_weight = _check_sample_weight(
@@ -509,7 +535,6 @@ class ImplicitEMEncoder(
             max_iter=int(self.max_iter),
             tol=float(self.tol),
             revive_dead=bool(self.revive_dead),
-            verbose=int(self.verbose),
         )
         working = to_tensor(np.empty(0, np.result_type(dtype, np.float32))).dtype
         batches = RowBatches(rows, preconditioner, working)
@@ -521,7 +546,7 @@ class ImplicitEMEncoder(
         components, intercept = preconditioner.fold(trainer.weights)
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(intercept, dtype)
-        self.loss_curve_ = trace.loss_curve
+        self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
@@ -533,9 +558,12 @@ class ImplicitEMEncoder(
             share = weight / weight.sum()
             variance = share @ (distance - share @ distance).square_()
         self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
-        if len(self.dead_components_) == len(components):
+
+    def _warn_if_dead(self) -> None:
+        """Warn if no component is alive."""
+        if len(self.dead_components_) == len(self.components_):
             warnings.warn(
-                f"All {len(components)} components of {type(self).__name__} are dead: their "
+                f"All {len(self.components_)} components of {type(self).__name__} are dead: their "
                 f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
                 f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
                 "or check that the rows differ.",
@@ -547,9 +575,9 @@ class ImplicitEMEncoder(
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)
         return encode(rows, components, intercept, self._activation())
 
-    def _distances(self, X, min_rows: int = 1) -> torch.Tensor:
+    def _distances(self, X) -> torch.Tensor:
         check_is_fitted(self)
-        X = check_rows(self, X, reset=False, min_rows=min_rows)
+        X = check_rows(self, X, reset=False)
         return self._encode(to_rows(X, resolve_device(self.device)))
 
     @property

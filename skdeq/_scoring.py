@@ -19,6 +19,7 @@ from skdeq._chunks import map_chunks
 from skdeq._latents import typical_variance
 from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, column_problem, row_problem
+from skdeq._progress import Progress
 from skdeq.fixed_point import backtrack, newton_step
 
 __all__ = ["Scoring", "balance"]
@@ -90,15 +91,15 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     return apply
 
 
-def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply ``step(part, point, rows, where)`` to each chunk; return points and objectives."""
+def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> tuple[Tensor, ...]:
+    """Apply ``step(part, point, rows, where)`` to each chunk; return what it returns."""
 
-    def work(low: int, high: int) -> tuple[Tensor, Tensor]:
+    def work(low: int, high: int) -> tuple[Tensor, ...]:
         rows = torch.arange(high - low, device=start.device)
         return step(problem.chunk(low, high), start[low:high], rows, slice(low, high))
 
     parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
-    return torch.cat([one for one, _ in parts]), torch.cat([two for _, two in parts])
+    return tuple(torch.cat(one) for one in zip(*parts, strict=True))
 
 
 @dataclass
@@ -113,14 +114,17 @@ class Scoring:
     tol : float
         Stop once an iteration lowers the objective by less than this share of what the latents
         have gained over the intercept alone, twice in a row.
-    report : callable, optional
-        Called with (iteration, objective) after each iteration; True asks to stop.
+    progress : Progress, optional
+        Is told of each iteration.
+    finish : callable, optional
+        What would come of the fit if it ended with this model, for `progress`.
     """
 
     setting: Setting
     max_iter: int
     tol: float
-    report: Callable[[int, float], bool | None] | None = None
+    progress: Progress = field(default_factory=Progress)
+    finish: Callable[[LatentModel], object] | None = None
     loss_curve: list[float] = field(default_factory=list)
     n_iter: int = 0
     converged: bool = False
@@ -151,7 +155,10 @@ class Scoring:
         self._typical: dict[str, Tensor] = {}
         previous, accepted, momentum, quiet = model, None, 1.0, 0
         self._share = _FIRST_SHARE
+        # Of every row's latents, where a step of Newton's method makes it known.
+        self._residual: Tensor | None = None
         for iteration in range(1, self.max_iter + 1):
+            self.progress.begin()
             self._age = iteration
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             amount, momentum = (momentum - 1) / following, following
@@ -173,18 +180,30 @@ class Scoring:
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
-            stop = self.report is not None and self.report(iteration, objective)
             gained = max(null_objective - objective, 0.0)
             quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
+            stop = self._tell(objective, model, accepted)
             if self.converged or stop:
                 break
+        return self._checked(model, accepted)
+
+    def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
+        """Return the model after the last step, or the one before if that step went too far."""
         if self._half == self._majorised_half and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
             _, objective = self._rows(model)
             if not objective <= self.loss_curve[-1]:
                 return accepted
         return model
+
+    def _tell(self, objective: float, model: LatentModel, accepted: LatentModel) -> bool:
+        """Tell of an iteration; return whether to stop."""
+        return self.progress.end(
+            objective,
+            lambda: self.finish(self._checked(model, accepted)),
+            residual=self._residual,
+        )
 
     def _rows(self, model: LatentModel) -> tuple[Tensor, float]:
         curvature, bound = self._curvature(model, "rows")
@@ -219,9 +238,12 @@ class Scoring:
         tol = 8 * torch.finfo(start.dtype).eps
 
         def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
-            return newton_step(part, point, rows, tol)[:2]
+            return newton_step(part, point, rows, tol)
 
-        return _over_chunks(step, problem, start)
+        solution, objective, residual = _over_chunks(step, problem, start)
+        if side == "rows":
+            self._residual = residual
+        return solution, objective
 
     def _majorised_half(
         self, problem: MapProblem, start: Tensor, side: str
