@@ -23,6 +23,7 @@ from skdeq._base import (
     to_tensor,
 )
 from skdeq._canonical import through
+from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import (
@@ -40,7 +41,14 @@ from skdeq._rotation import (
     orthonormal_scores,
     pooled_covariance,
 )
-from skdeq._stochastic import AdamState, adam_state, make_adam, solve_and_step
+from skdeq._stochastic import (
+    AdamState,
+    adam_state,
+    free_parameters,
+    make_adam,
+    model_of,
+    solve_and_step,
+)
 from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
@@ -63,8 +71,40 @@ class LatentVariableEstimator(BaseEstimator):
             )
         return family
 
+    def _convolution(self) -> Convolution | None:
+        """Validate the geometry of convolutional loadings; None for dense ones."""
+        if self.loadings == "dense":
+            return None
+        if self.image_shape is None:
+            raise ValueError(
+                "loadings='conv2d' needs image_shape=(height, width) or (channels, height, width)."
+            )
+        shape = _integers("image_shape", self.image_shape, (2, 3))
+        kernel = self.kernel_size
+        kernel = (kernel, kernel) if isinstance(kernel, Integral) else kernel
+        convolution = Convolution(
+            (1, *shape) if len(shape) == 2 else shape,
+            _integers("kernel_size", kernel, (2,)),
+            int(self.stride),
+        )
+        if self.n_components > convolution.n_weights:
+            raise ValueError(
+                f"n_components={self.n_components} is more than the {convolution.n_weights} "
+                f"weights of a kernel of size {convolution.kernel_size} on "
+                f"{convolution.image_shape[0]} channels."
+            )
+        if len(tuple(self.hidden_layer_sizes)):
+            raise ValueError(
+                "loadings='conv2d' is for one layer of latents; got "
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r}."
+            )
+        return convolution
+
     def _sizes(self) -> tuple[int, ...]:
         """Validate the numbers of latents of the layers, from the data to the top."""
+        convolution = self._convolution()
+        if convolution is not None:
+            return (int(self.n_components) * convolution.n_places,)
         hidden = self.hidden_layer_sizes
         sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
         if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
@@ -77,11 +117,6 @@ class LatentVariableEstimator(BaseEstimator):
             raise ValueError(
                 f"hidden_layer_sizes={hidden!r} with n_components={self.n_components}: sizes "
                 "must not grow from the data to the top."
-            )
-        if len(sizes) > 1 and self.solver == "scoring":
-            raise ValueError(
-                "solver='scoring' is for one layer of latents; use 'adam' or 'auto' with "
-                f"hidden_layer_sizes={hidden!r}."
             )
         return sizes
 
@@ -105,6 +140,7 @@ class LatentVariableEstimator(BaseEstimator):
             sample_weight=sample_weight,
             row_offset=offset,
             hidden_map=self._hidden_map(),
+            convolution=self._convolution(),
         )
         return setting, profile
 
@@ -136,13 +172,26 @@ class LatentVariableEstimator(BaseEstimator):
         sizes = self._sizes()
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
+        convolution = setting.convolution
+        if convolution is not None and convolution.n_pixels != p:
+            raise ValueError(
+                f"image_shape={self.image_shape!r} has {convolution.n_pixels} pixels, but X has "
+                f"{p} features."
+            )
+        dense = len(sizes) == 1 and convolution is None
+        if self.solver == "scoring" and not dense:
+            raise ValueError(
+                "solver='scoring' is for one layer of dense loadings; use 'adam' or 'auto' with "
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r} and "
+                f"loadings={self.loadings!r}."
+            )
         k = self.n_components
         if sizes[0] > min(n, p) and len(sizes) > 1:
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
                 f"min(n_samples, n_features)={min(n, p)} (n_samples={n}, n_features={p})."
             )
-        if k > min(n, p):
+        if k > min(n, p) and convolution is None:
             raise ValueError(
                 f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} "
                 f"(n_samples={n}, n_features={p})."
@@ -151,8 +200,7 @@ class LatentVariableEstimator(BaseEstimator):
         previous = None
         if self.warm_start and self._layer_sizes() == (p, *sizes):
             previous = self._parameters(setting)
-        minibatches = self.solver == "adam" or len(sizes) > 1
-        solver = fit_minibatches if minibatches else fit_full_batch
+        solver = fit_full_batch if dense and self.solver != "adam" else fit_minibatches
         options = self._options()
 
         def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
@@ -192,8 +240,8 @@ class LatentVariableEstimator(BaseEstimator):
     def _store(self, X, setting, model, trace, moments) -> None:
         """Rotate to principal scores and keep everything as numpy."""
         latents = _top(model.latents, model.upper)
-        jacobian = mean_jacobian(latents, model.upper, setting.hidden_map, setting.sample_weight)
-        components, to_scores = orthonormal_scores(model.loadings, moments[1], jacobian)
+        weight = setting.sample_weight
+        components, to_scores = self._principal(model, latents, moments[1], weight)
         from_scores = torch.linalg.pinv(to_scores)
         explained = explained_deviance(
             setting,
@@ -210,6 +258,8 @@ class LatentVariableEstimator(BaseEstimator):
         self.loadings_ = to_numpy(model.loadings, dtype)
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
+        # Of a convolution, the places of each map together.
+        explained = explained.reshape(int(self.n_components), -1).sum(1)
         self.explained_deviance_ratio_ = to_numpy(explained, dtype)
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
@@ -218,6 +268,31 @@ class LatentVariableEstimator(BaseEstimator):
         self._curvature = to_numpy(typical_variance(setting, model.bottom, "rows"), dtype)
         self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
+
+    def _principal(
+        self,
+        model: LatentModel,
+        latents: torch.Tensor,
+        covariance: torch.Tensor,
+        weight: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Basis in which the scores are principal, and the map to them from top latents.
+
+        Of a convolution the kernels make the basis, and the scores are maps.
+        """
+        convolution = self._convolution()
+        if convolution is None:
+            jacobian = mean_jacobian(latents, model.upper, self._hidden_map(), weight)
+            return orthonormal_scores(model.loadings, covariance, jacobian)
+        kernels = convolution.kernels(model.loadings)
+        basis, change = orthonormal_scores(
+            kernels.T, convolution.shared(covariance), torch.eye(len(kernels)).to(covariance)
+        )
+        self.kernels_ = to_numpy(
+            basis.reshape(-1, convolution.image_shape[0], *convolution.kernel_size),
+            to_numpy(model.loadings).dtype,
+        )
+        return convolution.matrix(basis).T, convolution.everywhere(change)
 
     def _replace_parameters(
         self,
@@ -247,16 +322,21 @@ class LatentVariableEstimator(BaseEstimator):
         self.hidden_loadings_ = [to_numpy(one, dtype) for one in layer.hidden_loadings]
         self.hidden_intercepts_ = [to_numpy(one, dtype) for one in layer.hidden_intercepts]
         top = to_tensor(latents)
-        upper = self._upper(dtype=top.dtype)
-        jacobian = mean_jacobian(top, upper, self._hidden_map(), weight)
-        components, to_scores = orthonormal_scores(to_tensor(self.loadings_), moments[1], jacobian)
+        like = {"dtype": top.dtype}
+        model = LatentModel(
+            to_tensor(self.loadings_).to(**like),
+            to_tensor(self.intercept_).to(**like),
+            None,
+            self._upper(**like),
+        )
+        components, to_scores = self._principal(model, top, moments[1], weight)
         self.components_ = to_numpy(components, dtype)
         self._to_scores = to_numpy(to_scores, dtype)
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
         loadings, intercept, upper = self._parameters(setting)
-        parameters = LatentModel(loadings, intercept, None, upper).matrices()
+        parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
         rate = self.learning_rate / (1 + (0 if state is None else state.step) / 100) ** 0.5
         optimiser = make_adam(parameters, rate, state)
@@ -267,7 +347,7 @@ class LatentVariableEstimator(BaseEstimator):
             curvature=to_tensor(self._curvature).to(loadings),
             **self._options().latent_solver(),
         )
-        model = LatentModel.of(parameters, solution.value)
+        model = replace(model_of(setting, parameters), latents=solution.value)
         null_intercept, null_objective = null_model(setting)
         trace = Trace(
             null_intercept,
@@ -379,6 +459,15 @@ class LatentVariableEstimator(BaseEstimator):
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
         return to_numpy(latents)
+
+
+def _integers(name: str, values, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Validate a tuple of positive integers."""
+    given = tuple(values) if isinstance(values, list | tuple | np.ndarray) else ()
+    if len(given) not in lengths or not all(isinstance(v, Integral) and v >= 1 for v in given):
+        count = " or ".join(str(length) for length in lengths)
+        raise ValueError(f"{name} must be {count} integers of at least 1; got {values!r}.")
+    return tuple(int(value) for value in given)
 
 
 def _top(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:

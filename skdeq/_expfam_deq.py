@@ -25,7 +25,7 @@ from skdeq.families import (
     get_family,
 )
 from skdeq.fixed_point import SOLVERS
-from skdeq.nn import EquilibriumLayer
+from skdeq.nn import EquilibriumLayer, tie_to_kernels
 
 __all__ = ["ExpFamilyDEQ"]
 
@@ -97,6 +97,22 @@ class ExpFamilyDEQ(
     hidden_map : {"identity", "relu", "softplus", "tanh"}, default="tanh"
         Map R_h from the linear predictor of a hidden layer to its mean. Without hidden layers
         it has no effect.
+
+    loadings : {"dense", "conv2d"}, default="dense"
+        With "conv2d" the features are the pixels of images, and W is a convolution (transposed):
+        `n_components` kernels, each with a map of latents that says how strongly it stands at
+        every place. `transform` returns the maps side by side, ``n_components`` times
+        ``ceil(height / stride) * ceil(width / stride)`` numbers a row. Fitted by "adam".
+
+    image_shape : tuple of int or None, default=None
+        (height, width) or (channels, height, width) of the images, for "conv2d".
+
+    kernel_size : int or tuple of int, default=5
+        Height and width of the kernels, for "conv2d". Whatever of a kernel falls outside the
+        image is left out.
+
+    stride : int, default=1
+        Pixels between neighbouring places of the maps, for "conv2d".
 
     alpha : float, default=1.0
         Prior precision of the latents, > 0.
@@ -174,6 +190,9 @@ class ExpFamilyDEQ(
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
         (n_features, h_1), with hidden layers.
+    kernels_ : ndarray of shape (n_components, n_channels, kernel_height, kernel_width)
+        With ``loadings="conv2d"``: orthonormal kernels, of which `components_` has a copy for
+        each place, in order of decreasing variance of their maps.
     hidden_loadings_ : list of ndarray of shape (h_l, h_{l+1})
         Loadings of the layers above the first; empty with one layer.
     hidden_intercepts_ : list of ndarray of shape (h_l,)
@@ -224,6 +243,10 @@ class ExpFamilyDEQ(
         "canonical_map": [StrOptions(set(CANONICAL_MAPS)), CanonicalMap],
         "hidden_layer_sizes": ["array-like"],
         "hidden_map": [StrOptions(set(_HIDDEN_MAPS))],
+        "loadings": [StrOptions({"dense", "conv2d"})],
+        "image_shape": ["array-like", None],
+        "kernel_size": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "stride": [Interval(Integral, 1, None, closed="left")],
         "alpha": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "exposure": [StrOptions({"total"}), None],
@@ -250,6 +273,10 @@ class ExpFamilyDEQ(
         canonical_map="identity",
         hidden_layer_sizes=(),
         hidden_map="tanh",
+        loadings="dense",
+        image_shape=None,
+        kernel_size=5,
+        stride=1,
         alpha=1.0,
         weight_decay=0.03,
         exposure=None,
@@ -272,6 +299,10 @@ class ExpFamilyDEQ(
         self.canonical_map = canonical_map
         self.hidden_layer_sizes = hidden_layer_sizes
         self.hidden_map = hidden_map
+        self.loadings = loadings
+        self.image_shape = image_shape
+        self.kernel_size = kernel_size
+        self.stride = stride
         self.alpha = alpha
         self.weight_decay = weight_decay
         self.exposure = exposure
@@ -397,7 +428,7 @@ class ExpFamilyDEQ(
         """
         check_is_fitted(self)
         Z = check_array(Z, dtype=[np.float64, np.float32], input_name="Z")
-        k = len(self.components_)
+        k = self._n_features_out
         if Z.shape[1] != k:
             raise ValueError(f"Z has {Z.shape[1]} columns, but this model has {k} components.")
         predictor = torch.from_numpy(self._predictors(Z).astype(Z.dtype, copy=False))
@@ -515,6 +546,9 @@ class ExpFamilyDEQ(
         for (loadings, intercept), arrays in zip(layer.pairs(), layers, strict=True):
             loadings.data.copy_(to_tensor(arrays[0]))
             intercept.data.copy_(to_tensor(arrays[1]))
+        convolution = self._convolution()
+        if convolution is not None:
+            tie_to_kernels(layer, convolution)
         if not self.whiten:
             layer.rotation = to_tensor(self._to_scores).clone()
         if self.exposure is not None:

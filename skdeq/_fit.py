@@ -12,13 +12,22 @@ from skdeq._progress import Progress
 from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance
 from skdeq._spectral import spectral_start
-from skdeq._stochastic import envelope_gradient, make_adam, solve_and_step
+from skdeq._stochastic import (
+    envelope_gradient,
+    free_parameters,
+    make_adam,
+    model_of,
+    solve_and_step,
+)
 
 __all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
 
 _BATCH_SIZE = 256
 # Iterations after which two starts are compared.
 _TRIAL = 4
+# Rows and scales that the first kernels of a convolution are tried on.
+_TRIAL_ROWS = 500
+_HALVINGS = 8
 # Iterations of each layer before all are trained together.
 _GREEDY = 20
 # Scaled residual up to which latents are solved for one step of a minibatch.
@@ -73,9 +82,32 @@ def _start(
         solved = solve_latents(setting, *previous, **options.latent_solver())
         loadings, intercept, upper = previous
         return LatentModel(loadings, intercept, solved.value, upper), trace
+    convolution = setting.convolution
+    if convolution is not None:
+        kernels = convolution.start(
+            setting.family, setting.observations, intercept, options.n_components
+        )
+        return _best_scale(setting, options, kernels, intercept), trace
     sizes = (*options.hidden_layer_sizes, options.n_components)
     model = _first_layer(setting, sizes[0], generator, intercept, objective)
     return _add_layers(setting, model, sizes[1:], generator, objective), trace
+
+
+def _best_scale(
+    setting: Setting, options: FitOptions, kernels: Tensor, intercept: Tensor
+) -> LatentModel:
+    """Scale the first kernels to what serves some of the rows best."""
+    n = setting.observations.shape[0]
+    some = setting.take(torch.arange(0, n, max(1, n // _TRIAL_ROWS)).to(intercept.device))
+    best = (torch.inf, None)
+    for halvings in range(_HALVINGS):
+        parameters = [kernels * 0.5**halvings, intercept]
+        model = model_of(setting, parameters)
+        solved = solve_latents(some, *model.parameters, **options.latent_solver())
+        _, objective = envelope_gradient(some, parameters, solved.value)
+        if best[1] is None or objective < best[0]:
+            best = (objective, model)
+    return best[1]
 
 
 def _first_layer(
@@ -157,7 +189,7 @@ def fit_minibatches(
     n, _ = setting.observations.shape
     device = setting.observations.device
     size = min(options.batch_size or _BATCH_SIZE, n)
-    parameters = model.matrices()
+    parameters = free_parameters(setting, model)
     optimiser = make_adam(parameters, options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, options.max_iter * max(1, n // size)
@@ -176,7 +208,7 @@ def fit_minibatches(
         model = best[1]
         solved = solve_latents(setting, *model.parameters, **options.latent_solver())
         model = replace(model, latents=solved.value)
-        if not model.upper:
+        if not model.upper and setting.convolution is None:
             model = fix_signs(balance(setting, model)(model))
         return model, trace
 
@@ -190,7 +222,7 @@ def fit_minibatches(
             )
             latents[batch] = visit.value
             schedule.step()
-        model = LatentModel.of(parameters)
+        model = model_of(setting, parameters)
         # The objective is flat at its minimum: its error is that of the latents squared.
         solved = solve_latents(setting, *model.parameters, start=latents, **loose)
         latents = solved.value.clone()
@@ -205,7 +237,7 @@ def fit_minibatches(
             best = (objective, replace(model, latents=solved.value))
         elif not objective - best[0] <= _ASTRAY * abs(trace.null_objective - best[0]):
             # Gone astray: back to the best parameters, with smaller steps from there.
-            for one, old in zip(parameters, best[1].matrices(), strict=True):
+            for one, old in zip(parameters, free_parameters(setting, best[1]), strict=True):
                 one.copy_(old)
             optimiser.state.clear()
             schedule.base_lrs = [0.1 * rate for rate in schedule.base_lrs]

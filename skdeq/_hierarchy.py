@@ -175,8 +175,8 @@ class HierarchyProblem:
         self.bottom.smooth(width)
         self.family = layer_family(self.hidden_map.smoothed(width))
 
-    def chunk_rows(self) -> int:
-        """Rows to be worked on at a time."""
+    def hessian_rows(self) -> int:
+        """Rows whose Hessians are to be held at a time."""
         return max(1, min(self.bottom.chunk_rows(), _HESSIAN_ENTRIES // self.r**2))
 
     def chunk(self, start: int, stop: int) -> "HierarchyProblem":

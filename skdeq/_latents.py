@@ -51,7 +51,8 @@ def solve_latents(
     tol, max_iter :
         Passed to the solver.
     curvature : Tensor of shape (p,), optional
-        Average variance of each feature, which preconditions Anderson acceleration.
+        Average variance of each feature, which preconditions Anderson acceleration; by default
+        its bound, where there is one.
     start : Tensor of shape (n, k), optional
         Where to start.
     start_map : Tensor of shape (k + 1, k), optional
@@ -85,6 +86,8 @@ def solve_latents(
     if method == "auto":
         method = "anderson" if finish else "newton"
     solver = SOLVERS[method]
+    if curvature is None and bounded:
+        curvature = torch.full_like(intercept, setting.family.variance_bound)
     problem = latent_problem(
         setting,
         loadings,
@@ -114,16 +117,16 @@ def solve_latents(
             value, spent = result.value, spent + result.n_iter
         if stages:
             result = replace(result, n_iter=spent)
-        left = (~result.converged).nonzero().squeeze(1) if finish else ()
-        if not len(left):
-            return result
-        rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
-        for field in ("value", "residual", "converged"):
-            getattr(result, field)[left] = getattr(rest, field)
-        result.n_iter[left] += rest.n_iter
+        unsolved = (~result.converged).nonzero().squeeze(1) if finish else result.n_iter[:0]
+        for left in unsolved.split(problem.hessian_rows()):
+            rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
+            for field in ("value", "residual", "converged"):
+                getattr(result, field)[left] = getattr(rest, field)
+            result.n_iter[left] += rest.n_iter
         return result
 
-    parts = map_chunks(work, n, problem.chunk_rows(), begin.device)
+    size = problem.hessian_rows() if method == "newton" or upper else problem.chunk_rows()
+    parts = map_chunks(work, n, size, begin.device)
     return FixedPointResult(
         *(
             torch.cat([getattr(part, field) for part in parts])
@@ -197,7 +200,7 @@ def laplace_log_likelihood(
         )
         return -objective - 0.5 * _log_determinant(hessian.double(), setting.alpha)
 
-    parts = map_chunks(work, len(latents), problem.chunk_rows(), latents.device)
+    parts = map_chunks(work, len(latents), problem.hessian_rows(), latents.device)
     return torch.cat(parts) + 0.5 * problem.r * math.log(setting.alpha)
 
 

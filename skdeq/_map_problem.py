@@ -28,6 +28,9 @@ __all__ = ["MapProblem"]
 _TILE_ENTRIES = 2**20
 _TILE_ENTRIES_CUDA = 2**26
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
+# Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
+# up to 50 unknowns no fewer rows than else.
+_HESSIAN_ENTRIES = 2**24
 # Chunks that a problem of more than one tile is cut into at least, so that threads can share it.
 _LEAST_CHUNKS = 4
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
@@ -146,6 +149,10 @@ class MapProblem:
             chunks = max(chunks, _LEAST_CHUNKS)
         return max(1, -(-n // max(chunks, 1)))
 
+    def hessian_rows(self) -> int:
+        """Rows whose Hessians are to be held at a time."""
+        return max(1, min(self.chunk_rows(), _HESSIAN_ENTRIES // self.r**2))
+
     def chunk(self, start: int, stop: int) -> "MapProblem":
         """Return the problem of the rows ``start:stop``, sharing the design."""
         part = object.__new__(MapProblem)
@@ -239,6 +246,8 @@ class MapProblem:
         canonical = self.family.is_canonical
         statistic = None if canonical else self._of(self._statistic, rows)
         first, second = self._upper
+        if hessian:
+            width = max(16, min(width, _HESSIAN_ENTRIES // len(first)))
         total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope = z.new_zeros(self.r, len(z)) if gradient else None
         bend = z.new_zeros(len(first), len(z)) if hessian else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
 from skdeq._hierarchy import HiddenLayer, HierarchyProblem, layer_family, split_layers
 from skdeq._map_problem import MapProblem
@@ -105,6 +106,8 @@ class Setting:
         Weighted sum of log h(x), the part of the log-likelihood that no parameter enters.
     hidden_map : CanonicalMap or None
         From the linear predictor of latents to their mean, where there are several layers.
+    convolution : Convolution or None
+        What makes the loadings from kernels, where they are not free.
     """
 
     family: Family
@@ -115,6 +118,7 @@ class Setting:
     row_offset: Tensor | None = None
     log_base: float = 0.0
     hidden_map: CanonicalMap | None = None
+    convolution: Convolution | None = None
 
     def take(self, index: Tensor) -> "Setting":
         """Return the same for some rows; the log base is left out."""

@@ -38,26 +38,49 @@ class AdamState:
     second: list[np.ndarray]
 
 
+def free_parameters(setting: Setting, model: LatentModel) -> list[Tensor]:
+    """Return what there is to fit of a model, in memory of its own.
+
+    Loadings and intercept of each layer side by side (p, k + 1), from the data to the top; of a
+    convolution its kernels and the intercept.
+    """
+    if setting.convolution is None:
+        return model.matrices()
+    return [setting.convolution.kernels(model.loadings), model.intercept.clone()]
+
+
+def model_of(setting: Setting, parameters: list[Tensor]) -> LatentModel:
+    """Make a model, still without latents, of its free parameters."""
+    if setting.convolution is None:
+        return LatentModel.of(parameters)
+    kernels, intercept = parameters
+    return LatentModel(setting.convolution.matrix(kernels), intercept.clone(), None)
+
+
 def envelope_gradient(
     setting: Setting, parameters: list[Tensor], latents: Tensor
 ) -> tuple[list[Tensor], float]:
-    """Gradients of the mean objective in each layer's parameters at MAP latents; the objective.
+    """Gradients of the mean objective in the free parameters at MAP latents; the objective.
 
     Parameters
     ----------
     setting : Setting
-    parameters : list of Tensor of shape (p, k + 1)
-        Loadings and intercept of each layer, from the data to the top.
+    parameters : list of Tensor
+        See :func:`free_parameters`.
     latents : Tensor of shape (n, K)
         Of all layers side by side.
     """
-    if len(parameters) == 1:
-        gradient, objective = _layer_gradient(setting, parameters[0], latents)
-        return [gradient], objective
-    layers = split_layers(latents, LatentModel.of(parameters).upper)
+    model = model_of(setting, parameters)
+    matrices = model.matrices()
+    if len(matrices) == 1:
+        gradient, total = _layer_gradient(setting, matrices[0], latents)
+        if setting.convolution is None:
+            return [gradient], total
+        return [setting.convolution.pull(gradient[:, :-1]), gradient[:, -1]], total
+    layers = split_layers(latents, model.upper)
     gradients, total = [], 0.0
     settings = layer_settings(setting, layers)
-    for at, (given, one, here) in enumerate(zip(settings, parameters, layers, strict=True)):
+    for at, (given, one, here) in enumerate(zip(settings, matrices, layers, strict=True)):
         unit = setting.alpha if at else 1.0
         gradient, objective = _layer_gradient(given, one, here.contiguous())
         gradients.append(unit * gradient)
@@ -94,15 +117,15 @@ def solve_and_step(
     Parameters
     ----------
     setting : Setting
-    parameters : list of Tensor of shape (p, k + 1)
-        Loadings and intercept of each layer, from the data to the top.
+    parameters : list of Tensor
+        See :func:`free_parameters`.
     optimiser : Optimizer
         Of the parameters.
     **fixed_point
         Passed to :func:`~skdeq._latents.solve_latents`.
     """
     before = [one.clone() for one in parameters]
-    solution = solve_latents(setting, *LatentModel.of(before).parameters, **fixed_point)
+    solution = solve_latents(setting, *model_of(setting, before).parameters, **fixed_point)
     gradients, objective = envelope_gradient(setting, parameters, solution.value)
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)

@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
+from skdeq._convolution import Convolution
 from skdeq._hierarchy import (
     HiddenLayer,
     hidden_energies,
@@ -302,6 +304,25 @@ class EquilibriumLayer(nn.Module):
         above = hidden_gradients(parts, upper, hidden, energies)
         above[0] = above[0] + gradient / self.alpha
         return self.alpha * torch.cat(above, dim=1)
+
+
+class _Kernels(nn.Module):
+    """Loadings as a function of the kernels that they are made from."""
+
+    def __init__(self, convolution: Convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, kernels: Tensor) -> Tensor:
+        return self.convolution.matrix(kernels)
+
+    def right_inverse(self, loadings: Tensor) -> Tensor:
+        return self.convolution.kernels(loadings)
+
+
+def tie_to_kernels(layer: EquilibriumLayer, convolution: Convolution) -> None:
+    """Make the loadings of a layer those of a convolution, with its kernels as parameter."""
+    parametrize.register_parametrization(layer, "loadings", _Kernels(convolution))
 
 
 def _smooth(kinked):

@@ -657,10 +657,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="exposure='total' needs a family"):
             ExpFamilyDEQ(family="bernoulli", exposure="total").fit(sample("bernoulli"))
 
-    def test_depth_is_refused_in_words(self):
-        with pytest.raises(ValueError, match="hidden_layer_sizes"):
-            ExpFamilyDEQ(hidden_layer_sizes=(3,)).fit(sample("gaussian"))
-
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_values_that_overflow(self, dtype):
         X = sample("gaussian").astype(dtype) * np.sqrt(np.finfo(dtype).max)

@@ -1,0 +1,150 @@
+r"""Loadings that are a convolution: the same few weights at every place of an image.
+
+An image is a sum of kernels, each placed wherever its map of latents says and as strongly,
+:math:`W z = \sum_k \sum_s z_{ks}\, w_k(\cdot - s)`. W has one row for each pixel and one column
+for each kernel and place, so that all equations of the model hold as they stand; that its entries
+are shared only matters where they are fitted. The matrix itself is made and used, so that every
+solver, certificate and likelihood applies. With no more latents than pixels its products take no
+longer than torch's convolutions: for 784 pixels, on one core, half as long with 392 latents, as
+long with 784, and twice as long with 3,136.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skdeq._family import Family
+from skdeq._observations import Observations
+
+__all__ = ["Convolution"]
+
+# Rows that the first kernels are made from.
+_START_ROWS = 2000
+
+
+class _Places(NamedTuple):
+    """Where each weight of a kernel falls: for each pair of a place and a weight inside."""
+
+    pixel: Tensor
+    place: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Geometry of kernels on an image; whatever falls outside the image is left out.
+
+    Parameters
+    ----------
+    image_shape : tuple of int
+        Channels, height and width of the image; features are its pixels in this order.
+    kernel_size : tuple of int
+        Height and width of the kernels.
+    stride : int
+        Pixels between neighbouring places of the maps of latents. The places are such that the
+        kernels hang over the image by as much on either side, one pixel less on the first.
+    """
+
+    image_shape: tuple[int, int, int]
+    kernel_size: tuple[int, int]
+    stride: int
+
+    @property
+    def n_pixels(self) -> int:
+        """Features: pixels of all channels."""
+        channels, height, width = self.image_shape
+        return channels * height * width
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of one kernel."""
+        return self.image_shape[0] * self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """Height and width of a map of latents."""
+        _, height, width = self.image_shape
+        return -(-height // self.stride), -(-width // self.stride)
+
+    @property
+    def n_places(self) -> int:
+        """Latents of one map."""
+        return self.map_shape[0] * self.map_shape[1]
+
+    @cached_property
+    def _places(self) -> _Places:
+        channels, height, width = self.image_shape
+
+        def along(size: int, kernel: int, count: int) -> Tensor:
+            """Coordinate of each weight at each place (count, kernel)."""
+            overhang = max(0, (count - 1) * self.stride + kernel - size)
+            first = torch.arange(count) * self.stride - overhang // 2
+            return first.unsqueeze(1) + torch.arange(kernel)
+
+        rows = along(height, self.kernel_size[0], self.map_shape[0])[:, None, None, :, None]
+        columns = along(width, self.kernel_size[1], self.map_shape[1])[None, :, None, None, :]
+        channel = torch.arange(channels)[None, None, :, None, None]
+        pixel = (channel * height + rows) * width + columns
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        inside = inside.expand_as(pixel).reshape(self.n_places, self.n_weights)
+        place, weight = inside.nonzero(as_tuple=True)
+        return _Places(pixel.reshape(self.n_places, self.n_weights)[inside], place, weight)
+
+    def matrix(self, kernels: Tensor) -> Tensor:
+        """Make loadings (p, K * places) of kernels (K, weights), a map's places side by side."""
+        places = _Places(*(one.to(kernels.device) for one in self._places))
+        matrix = kernels.new_zeros(self.n_pixels, self.n_places, len(kernels))
+        index = (places.pixel, places.place)
+        matrix = matrix.index_put(index, kernels.T[places.weight])
+        return matrix.transpose(1, 2).reshape(self.n_pixels, -1)
+
+    def pull(self, matrix: Tensor) -> Tensor:
+        """Sum entries of a matrix (p, K * places) over those that share a weight (K, weights)."""
+        places = _Places(*(one.to(matrix.device) for one in self._places))
+        by_place = matrix.reshape(len(matrix), -1, self.n_places).transpose(1, 2)
+        shared = by_place[places.pixel, places.place]
+        total = matrix.new_zeros(self.n_weights, shared.shape[1])
+        return total.index_add(0, places.weight, shared).T
+
+    def kernels(self, matrix: Tensor) -> Tensor:
+        """Kernels (K, weights) of loadings made by :meth:`matrix`."""
+        counts = torch.bincount(self._places.weight, minlength=self.n_weights)
+        return self.pull(matrix) / counts.to(matrix).clamp_min(1)
+
+    def shared(self, covariance: Tensor) -> Tensor:
+        """Covariance (K, K) of the maps, averaged over places, of that of all latents."""
+        by_map = covariance.reshape(
+            -1, self.n_places, len(covariance) // self.n_places, self.n_places
+        )
+        return by_map.diagonal(dim1=1, dim2=3).mean(2)
+
+    def everywhere(self, change: Tensor) -> Tensor:
+        """Apply a change of maps (K, K) at every place: the matrix (K * places, K * places)."""
+        return torch.kron(change, torch.eye(self.n_places).to(change))
+
+    def start(
+        self, family: Family, observations: Observations, intercept: Tensor, n_kernels: int
+    ) -> Tensor:
+        """First kernels (n_kernels, weights): principal axes of patches of working residuals."""
+        rows = min(observations.shape[0], _START_ROWS)
+        statistic = observations.dense_rows(0, rows)
+        variance = family.variance(intercept)
+        # Where next to nothing varies, a residual in units of the variance is next to infinite.
+        variance = variance + variance.mean()
+        residual = (statistic - family.mean(intercept)) / variance
+        missing = observations.missing_rows(0, rows)
+        if missing is not None:
+            residual = residual.masked_fill(missing, 0)
+        places = _Places(*(one.to(residual.device) for one in self._places))
+        patches = residual.new_zeros(rows, self.n_places, self.n_weights)
+        patches[:, places.place, places.weight] = residual[:, places.pixel]
+        patches = patches.reshape(-1, self.n_weights).double()
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        values, vectors = values.flip(0)[:n_kernels], vectors.flip(1)[:, :n_kernels]
+        # Each pixel is under this many places of a kernel, which share the work.
+        cover = self.kernel_size[0] * self.kernel_size[1] / self.stride**2
+        scale = (values.clamp_min(1e-8 * values[0]) / cover).sqrt()
+        return (vectors * scale).T.to(intercept.dtype).contiguous()
