@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import numpy as np
 import scipy.sparse as sp
 import torch
+from sklearn import get_config
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import validate_data
+from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import free_memory, map_chunks
 from skdeq._family import Family
 from skdeq._model import LEAST_EXPOSURE
 from skdeq._observations import CompressedRows, Observations
@@ -18,13 +19,19 @@ from skdeq._version import __version__
 
 __all__ = [
     "SkdeqManners",
-    "check_observations",
-    "check_rows",
+    "chunk_rows",
+    "detached",
     "exposure_offset",
+    "host_array",
     "log_base_rows",
+    "missing_per_column",
+    "numpy_dtype",
     "resolve_device",
+    "returned",
     "rows_of",
     "seeded_generator",
+    "stream_batch",
+    "take_rows",
     "to_numpy",
     "to_observations",
     "to_rows",
@@ -76,8 +83,28 @@ def unchanged_on_error(estimator) -> Iterator[None]:
         raise
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device asked for; "auto" is CUDA where there is one.
+@contextmanager
+def stream_batch(estimator) -> Iterator[None]:
+    """Count a batch of a stream, or say which one it was that failed.
+
+    Batches are counted from the first call of `partial_fit` or the last of `fit`; one that
+    failed has not been learned and is not counted. That it leaves the estimator as it was is
+    the promise of the block inside.
+    """
+    number = getattr(estimator, "_n_batches", 0) + 1
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{error} It is batch {number} of this stream, and {type(estimator).__name__} is as "
+            "it was before."
+        ) from error
+    estimator._n_batches = number
+
+
+def resolve_device(device: str | torch.device, X=None) -> torch.device:
+    """Return the device asked for; "auto" is that of X if it is on a card, else CUDA if any.
 
     Raises
     ------
@@ -85,6 +112,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         If the name is not one of a device, or the device is not there.
     """
     if str(device) == "auto":
+        if isinstance(X, Tensor) and X.device.type == "cuda":
+            return X.device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = 'device must be "auto", "cpu", "cuda" or "cuda:N"'
     try:
@@ -105,189 +134,76 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def check_observations(estimator, X, family: Family, *, reset: bool):
-    """Validate X against scikit-learn's rules and the support of the family.
-
-    Returns
-    -------
-    ndarray or CSR array of shape (n, p)
-        float32 or float64; NaN marks missing entries.
+def detached(values: Tensor, name: str) -> Tensor:
+    """Return a tensor without its history, of which there must be none to lose.
 
     Raises
     ------
     ValueError
-        If an entry is infinite or outside the support, naming family, row and column; in
-        fitting, also if a column has no observed entry.
+        If a gradient is wanted of it.
     """
-    X = validate_data(
-        estimator,
-        X,
-        reset=reset,
-        accept_sparse="csr",
-        dtype=[np.float64, np.float32],
-        order="C",
-        ensure_all_finite=False,
-    )
-    if sp.issparse(X):
-        if not X.has_canonical_format:
-            X = X.copy()
-            X.sum_duplicates()
-        _check_sparse(estimator, X, family)
-    else:
-        bad = _first_outside(X, family)
-        if bad is not None:
-            _refuse(estimator, family, *bad)
-    _check_size(X, family)
-    if reset:
-        empty = np.flatnonzero(_missing_per_column(X) == X.shape[0])
-        if len(empty):
-            raise ValueError(
-                f"Column {empty[0]} of X has no observed entry, every one of its {X.shape[0]} "
-                f"rows is NaN ({len(empty)} such columns in all); drop such columns before "
-                f"{type(estimator).__name__}.fit."
-            )
-    return X
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} is a tensor that requires grad, and estimators pass no gradient on: give "
+            f"{name}.detach(), or use skdeq.nn.EquilibriumLayer, which has one."
+        )
+    return values.detach()
 
 
-# Types that need no copy as floats: batches of them are converted as they are used.
-_ROW_TYPES = (np.float64, np.float32, np.uint8, np.int8, np.int16, np.bool_)
+def host_array(values, name: str):
+    """Bring targets, weights or the like to the host if they are a tensor; leave all else."""
+    return detached(values, name).cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
-    """Validate rows of finite real numbers against scikit-learn's rules.
+def numpy_dtype(X) -> np.dtype:
+    """Type of a tensor or an array, as numpy says it."""
+    return torch.empty(0, dtype=X.dtype).numpy().dtype if isinstance(X, Tensor) else X.dtype
 
-    Returns
-    -------
-    ndarray or CSR array of shape (n, p)
-        Floats, small integers or booleans as they came, all else as float64.
 
-    Raises
-    ------
-    ValueError
-        If an entry is not finite, naming row and column, or there are too few rows.
+def returned(values: Tensor | np.ndarray, X, estimator=None) -> Tensor | np.ndarray:
+    """Give results for X back as scikit-learn's own estimators would.
+
+    That is a numpy array, unless X is a tensor and ``array_api_dispatch=True``: then a tensor on
+    the device of X.
+
+    Parameters
+    ----------
+    values : Tensor or ndarray
+    X : object
+        As the user gave it.
+    estimator : estimator, optional
+        Of whose `transform` it is the result: a data frame, if it was asked for, is made of numpy.
     """
-    X = validate_data(
-        estimator,
-        X,
-        reset=reset,
-        accept_sparse="csr",
-        dtype=list(_ROW_TYPES),
-        order="C",
-        ensure_all_finite=False,
-        ensure_min_samples=min_rows,
-    )
-    if sp.issparse(X) and not X.has_canonical_format:
-        X = X.copy()
-        X.sum_duplicates()
-    values = X.data if sp.issparse(X) else X
-    if values.dtype.kind != "f":
-        return X
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = not np.isfinite(values.sum())
-    if suspicious and not np.isfinite(values).all():
-        place = np.argwhere(~np.isfinite(values))[0]
-        value = values[tuple(place)]
-        if sp.issparse(X):
-            place = (np.searchsorted(X.indptr, place[0], side="right") - 1, X.indices[place[0]])
-        raise ValueError(
-            f"Input X contains {'NaN' if np.isnan(value) else 'infinity'}: row {place[0]}, column "
-            f"{place[1]} of X is {value}. {type(estimator).__name__} accepts finite numbers only; "
-            "sklearn.impute has estimators that fill in missing values."
-        )
-    return X
+    if isinstance(X, Tensor) and get_config()["array_api_dispatch"] and not _in_frame(estimator):
+        if isinstance(values, Tensor):
+            return values.detach().to(X.device)
+        # Labels may be text, which no tensor holds.
+        return to_tensor(values, X.device) if values.dtype.kind in "fiub" else values
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _check_size(X, family: Family) -> None:
-    """Refuse finite values whose sums of squares overflow."""
-    values = X.data if sp.issparse(X) else X
-    if not values.size or np.isfinite(family.support.high - family.support.low):
-        return
-    limit = np.sqrt(np.finfo(X.dtype).max / max(X.shape[0] * X.shape[1], 1e6))
-    with np.errstate(invalid="ignore"):
-        largest = max(float(np.fmax.reduce(values, axis=None)), 0.0)
-        largest = max(largest, -float(np.fmin.reduce(values, axis=None)))
-    if largest > limit:
-        raise ValueError(
-            f"X has values as large as {largest:.1e}; sums of their squares overflow {X.dtype}. "
-            f"Rescale X below {limit:.0e}"
-            + (" or pass float64." if X.dtype == np.float32 else ".")
-        )
+def _in_frame(estimator) -> bool:
+    """Whether ``set_output`` asks for a data frame."""
+    if estimator is None:
+        return False
+    return _get_output_config("transform", estimator)["dense"] != "default"
 
 
-def _outside(values: np.ndarray, family: Family) -> np.ndarray:
-    tensor = to_tensor(values)
-    inside = family.support.contains(tensor) & torch.isfinite(tensor)
-    return (~inside & ~torch.isnan(tensor)).numpy()
+def chunk_rows(X: Tensor) -> int:
+    """Rows of dense data to be looked at together."""
+    return max(1, _CHUNK_ENTRIES // X.shape[1])
 
 
-def _suspicious(X: np.ndarray, family: Family) -> list[int]:
-    """Return the starts of chunks whose extremes are outside the support, or NaN."""
-
-    def work(start: int, stop: int) -> int | None:
-        ends = np.array([X[start:stop].min(), X[start:stop].max()], dtype=np.float64)
-        inside = np.isfinite(ends).all() and family.support.contains(torch.from_numpy(ends)).all()
-        return None if inside else start
-
-    rows = max(1, _CHUNK_ENTRIES // X.shape[1])
-    starts = map_chunks(work, len(X), rows, torch.device("cpu"))
-    return [start for start in starts if start is not None]
-
-
-def _first_outside(X: np.ndarray, family: Family) -> tuple[int, int, float] | None:
-    rows = max(1, _CHUNK_ENTRIES // X.shape[1])
-    for start in _suspicious(X, family):
-        outside = _outside(X[start : start + rows], family)
-        if outside.any():
-            row, column = np.argwhere(outside)[0]
-            return start + int(row), int(column), float(X[start + row, column])
-    return None
-
-
-def _check_sparse(estimator, X, family: Family) -> None:
-    outside = _outside(X.data, family)
-    if outside.any():
-        place = int(np.flatnonzero(outside)[0])
-        row = int(np.searchsorted(X.indptr, place, side="right")) - 1
-        _refuse(estimator, family, row, int(X.indices[place]), float(X.data[place]))
-    zero = torch.zeros(1, dtype=torch.float64)
-    if X.nnz < X.shape[0] * X.shape[1]:
-        if not bool(family.support.contains(zero)):
-            row = int(np.flatnonzero(np.diff(X.indptr) < X.shape[1])[0])
-            taken = X.indices[X.indptr[row] : X.indptr[row + 1]]
-            column = int(np.setdiff1d(np.arange(X.shape[1]), taken)[0])
-            _refuse(estimator, family, row, column, 0.0)
-        if float(family.sufficient(zero)) != 0:
-            raise ValueError(
-                f"Sparse X needs a family with T(0) = 0; that of {family!r} is "
-                f"{float(family.sufficient(zero))}. Pass X.toarray()."
-            )
-
-
-def _refuse(estimator, family: Family, row: int, column: int, value: float) -> None:
-    name = type(estimator).__name__
-    where = f"row {row}, column {column} of X"
-    if np.isinf(value):
-        raise ValueError(
-            f"Input X contains infinity: {where} is {value}. {name} accepts finite numbers, and "
-            "NaN for missing entries."
-        )
-    # "Negative values in data" is what scikit-learn's own estimators say.
-    prefix = "Negative values in data passed to" if value < 0 else "Unsuitable value in data for"
-    raise ValueError(
-        f"{prefix} {name}: {where} is {value:g}, but family {family.name!r} accepts "
-        f"{family.accepts}, {family.support}."
-    )
-
-
-def _missing_per_column(X) -> np.ndarray:
+def missing_per_column(X) -> np.ndarray:
+    """Count the NaN of each column of validated data, shape (p,)."""
     if sp.issparse(X):
         return np.bincount(X.indices[np.isnan(X.data)], minlength=X.shape[1])
     # The sum of a column is NaN if any entry is; most data need nothing more.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = np.flatnonzero(~np.isfinite(X.sum(axis=0)))
-    count = np.zeros(X.shape[1], dtype=np.intp)
-    count[suspicious] = np.isnan(X[:, suspicious]).sum(axis=0)
-    return count
+    suspicious = (~torch.isfinite(X.new_ones(len(X)) @ X)).nonzero().squeeze(1)
+    count = torch.zeros(X.shape[1], dtype=torch.long, device=X.device)
+    if len(suspicious):
+        count[suspicious] = torch.isnan(X[:, suspicious]).sum(0)
+    return count.cpu().numpy()
 
 
 def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -308,11 +224,11 @@ def _compressed(indptr, indices, data, shape, device: torch.device) -> Compresse
 
 
 def to_observations(X, family: Family, device: torch.device) -> Observations:
-    """Sufficient statistics of validated data as tensors; dense floats are shared, not copied."""
+    """Sufficient statistics of validated data on a device; dense floats are shared, not copied."""
     if not sp.issparse(X):
-        values = to_tensor(X, device)
+        values = X.to(device)
         missing = None
-        if _missing_per_column(X).any():
+        if missing_per_column(values).any():
             missing = torch.isnan(values)
             values = torch.where(missing, 0.0, family.sufficient(values))
         else:
@@ -331,13 +247,22 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
 
 
 def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
-    """Turn validated rows into tensors of their own type, without a copy on the CPU."""
-    if not sp.issparse(X):
-        return to_tensor(X.view(np.uint8) if X.dtype == bool else X, device)
-    data = X.data.view(np.uint8) if X.dtype == bool else X.data
-    # Places keep their type, too: as int64 they would outweigh the values.
-    parts = (to_tensor(part, device) for part in (X.indptr, X.indices, data))
-    return CompressedRows(*parts, tuple(X.shape))
+    """Turn validated rows into tensors of their own type, without a copy where they lie.
+
+    They go to the device, or stay where they are if they would fill half of what it has free.
+    """
+    if sp.issparse(X):
+        data = X.data.view(np.uint8) if X.dtype == bool else X.data
+        # Places keep their type, too: as int64 they would outweigh the values.
+        parts = (to_tensor(part) for part in (X.indptr, X.indices, data))
+        rows = CompressedRows(*parts, tuple(X.shape))
+        size = X.indptr.nbytes + X.indices.nbytes + data.nbytes
+    else:
+        rows = X.view(torch.uint8) if X.dtype == torch.bool else X
+        size = rows.nbytes
+    if rows.device.type == "cpu" and device.type == "cuda" and size > free_memory(device) / 2:
+        return rows
+    return rows.to(device)
 
 
 def seeded_generator(random_state) -> torch.Generator:
@@ -346,41 +271,50 @@ def seeded_generator(random_state) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
+def take_rows(X, index: np.ndarray):
+    """Return some rows of validated data, in the order given."""
+    return X[index] if sp.issparse(X) else X[torch.from_numpy(index).to(X.device)]
+
+
 def rows_of(X, index: Tensor, device: torch.device) -> Tensor:
     """Return some rows of validated data as a dense tensor, NaN where missing."""
-    rows = X[index.cpu().numpy()]
-    return to_tensor(rows.toarray() if sp.issparse(rows) else rows, device)
+    if sp.issparse(X):
+        return to_tensor(X[index.cpu().numpy()].toarray(), device)
+    return X[index.to(X.device)].to(device)
 
 
-def log_base_rows(X, family: Family) -> np.ndarray:
-    """Sum of log h(x) over the observed entries of each row, float64, shape (n,)."""
+def log_base_rows(X, family: Family) -> Tensor:
+    """Sum of log h(x) over the observed entries of each row, float64 (n,), where X lies."""
     n, p = X.shape
     at_zero = 0.0
     zero = torch.zeros(1, dtype=torch.float64)
     if bool(family.support.contains(zero)):
         at_zero = float(family.log_base(zero))
 
-    def values(entries: np.ndarray) -> np.ndarray:
-        return family.log_base(torch.from_numpy(entries.astype(np.float64))).numpy()
+    def values(entries: Tensor) -> Tensor:
+        # A sum is many times faster than a look at every entry.
+        if not bool(torch.isnan(entries.sum())):
+            return family.log_base(entries.double())
+        gaps = torch.isnan(entries)
+        return family.log_base(entries.double().masked_fill(gaps, 1.0)).masked_fill_(gaps, 0.0)
 
-    def work(start: int, stop: int) -> np.ndarray:
-        if sp.issparse(X):
-            low, high = X.indptr[start], X.indptr[stop]
-            entries = X.data[low:high]
-            rows = np.repeat(np.arange(stop - start), np.diff(X.indptr[start : stop + 1]))
-        else:
-            block = X[start:stop]
-            # Counts and answers are mostly zeros, whose log h is one number.
-            stored = block != 0
-            rows = np.repeat(np.arange(stop - start), stored.sum(axis=1))
-            entries = block[stored]
-        observed = ~np.isnan(entries)
-        zeros = p - np.bincount(rows, minlength=stop - start)
-        logs = np.where(observed, values(np.where(observed, entries, 1)), 0.0)
-        return np.bincount(rows, logs, minlength=stop - start) + zeros * at_zero
+    def stored(start: int, stop: int) -> Tensor:
+        entries = to_tensor(X.data[X.indptr[start] : X.indptr[stop]])
+        counts = np.diff(X.indptr[start : stop + 1])
+        rows = np.repeat(np.arange(stop - start), counts)
+        logs = np.bincount(rows, values(entries).numpy(), minlength=stop - start)
+        return torch.from_numpy(logs + (p - counts) * at_zero)
 
-    size = max(1, _CHUNK_ENTRIES // p)
-    return np.concatenate(map_chunks(work, n, size, torch.device("cpu")))
+    def dense(start: int, stop: int) -> Tensor:
+        block = X[start:stop]
+        # Counts and answers are mostly zeros, whose log h is one number.
+        places = block != 0
+        logs = torch.full(block.shape, at_zero, dtype=torch.float64, device=block.device)
+        return logs.masked_scatter_(places, values(block.masked_select(places))).sum(1)
+
+    sparse = sp.issparse(X)
+    work, device = (stored, torch.device("cpu")) if sparse else (dense, X.device)
+    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), device))
 
 
 def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -391,7 +325,7 @@ def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarr
 
     Parameters
     ----------
-    X : ndarray or CSR array of shape (n, p)
+    X : Tensor or CSR array of shape (n, p)
     profile : ndarray of shape (p,) or None
         Training mean of each column; None to compute it from X.
 
@@ -400,30 +334,51 @@ def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarr
     offset : ndarray of shape (n,)
     profile : ndarray of shape (p,)
     """
-    n, p = X.shape
-    if sp.issparse(X):
-        gaps = np.isnan(X.data)
-        filled = sp.csr_array((np.where(gaps, 0, X.data), X.indices, X.indptr), shape=X.shape)
-        total = np.asarray(filled.sum(axis=1), dtype=np.float64).ravel()
-        column = np.asarray(filled.sum(axis=0), dtype=np.float64).ravel()
-    else:
-        gaps = np.zeros(1, dtype=bool)
-        column = X.sum(axis=0, dtype=np.float64)
-        total = X.sum(axis=1, dtype=np.float64)
-        if np.isnan(column).any():
-            gaps = np.isnan(X)
-            column, total = np.nansum(X, axis=0, dtype=float), np.nansum(X, axis=1, dtype=float)
+    n = X.shape[0]
+    total, column = _sums_observed(X)
+    missing = missing_per_column(X)
     if profile is None:
-        profile = column / np.maximum(n - _missing_per_column(X), 1)
+        profile = column / np.maximum(n - missing, 1)
     expected = np.full(n, profile.sum())
-    if gaps.any() and sp.issparse(X):
-        rows = np.repeat(np.arange(n), np.diff(X.indptr))[gaps]
-        expected -= np.bincount(rows, profile[X.indices[gaps]], minlength=n)
-    elif gaps.any():
-        expected -= gaps @ profile
+    if missing.any():
+        expected -= _profile_of_gaps(X, profile)
     least = LEAST_EXPOSURE * max(float(profile.sum()), np.finfo(float).tiny)
     ratio = np.maximum(total, least) / np.maximum(expected, least)
     return np.log(ratio), profile
+
+
+def _sums_observed(X) -> tuple[np.ndarray, np.ndarray]:
+    """Add up the observed entries of each row and of each column, float64."""
+    if sp.issparse(X):
+        data = np.nan_to_num(X.data.astype(np.float64))
+        filled = sp.csr_array((data, X.indices, X.indptr), shape=X.shape)
+        return np.asarray(filled.sum(axis=1)).ravel(), np.asarray(filled.sum(axis=0)).ravel()
+
+    def work(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        rows = X[start:stop].to(torch.float64, copy=True)
+        if bool(torch.isnan(rows.sum())):
+            rows.nan_to_num_(0.0)
+        return rows.sum(1), rows.new_ones(len(rows)) @ rows
+
+    parts = map_chunks(work, len(X), chunk_rows(X), X.device)
+    total = torch.cat([one for one, _ in parts])
+    column = torch.stack([two for _, two in parts]).sum(0)
+    return to_numpy(total), to_numpy(column)
+
+
+def _profile_of_gaps(X, profile: np.ndarray) -> np.ndarray:
+    """Sum of the profile over the missing entries of each row."""
+    n = X.shape[0]
+    if sp.issparse(X):
+        gaps = np.isnan(X.data)
+        rows = np.repeat(np.arange(n), np.diff(X.indptr))[gaps]
+        return np.bincount(rows, profile[X.indices[gaps]], minlength=n)
+    means = to_tensor(profile, X.device)
+
+    def work(start: int, stop: int) -> Tensor:
+        return torch.isnan(X[start:stop]).double() @ means
+
+    return to_numpy(torch.cat(map_chunks(work, n, chunk_rows(X), X.device)))
 
 
 def to_numpy(tensor: Tensor, dtype=None) -> np.ndarray:

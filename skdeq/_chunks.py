@@ -1,6 +1,7 @@
 """Run a function over chunks of rows, in parallel on the CPU, with results in a fixed order."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,7 +9,18 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["chunk_bounds", "map_chunks", "one_ahead", "parallel_chunks"]
+__all__ = [
+    "chunk_bounds",
+    "free_memory",
+    "map_chunks",
+    "one_ahead",
+    "parallel_chunks",
+    "working_entries",
+]
+
+# Share of the free memory of a device that one working array of a chunk may take: about eight of
+# its size are alive at once.
+_WORKING_SHARE = 1 / 16
 
 Result = TypeVar("Result")
 
@@ -47,10 +59,10 @@ def parallel_chunks() -> Iterator[None]:
         if alone and threads > 1:
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
-        _local.inside, _local.pool = True, pool
+        _local.inside, _local.pool, _local.halvings = True, pool, 0
         yield
     finally:
-        _local.inside, _local.pool = False, None
+        _local.inside, _local.pool, _local.halvings = False, None, 0
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
         with _lock:
@@ -64,13 +76,77 @@ def map_chunks(
 ) -> list[Result]:
     """Apply ``function(start, stop)`` to every chunk; results come in the order of the rows.
 
-    The chunks do not depend on the number of threads, and neither do the results.
+    The chunks do not depend on the number of threads, and neither do the results. Where a device
+    runs out of memory the chunk is halved and tried again, and chunks are no larger from then on,
+    within one :func:`parallel_chunks`; ``function`` must therefore bear being called twice.
     """
-    bounds = chunk_bounds(n_rows, size)
     pool = getattr(_local, "pool", None)
-    if pool is None or device.type != "cpu" or len(bounds) < 2:
-        return [function(start, stop) for start, stop in bounds]
-    return list(pool.map(lambda bound: function(*bound), bounds))
+    if pool is None or device.type != "cpu" or n_rows <= size:
+        return list(_halving_chunks(function, n_rows, size, device))
+    return list(pool.map(lambda bound: function(*bound), chunk_bounds(n_rows, size)))
+
+
+def _halving_chunks(
+    function: Callable[[int, int], Result], n_rows: int, size: int, device: torch.device
+) -> Iterator[Result]:
+    """Apply ``function`` to one chunk after the other, in halves once memory runs out."""
+    start, halvings = 0, getattr(_local, "halvings", 0)
+    while start < n_rows:
+        rows = min(max(1, size >> halvings), n_rows - start)
+        result = _unless_out_of_memory(function, start, start + rows)
+        if result is None:
+            if rows == 1:
+                # Nothing left to halve: the error itself says how much was wanted.
+                yield function(start, start + 1)
+                start += 1
+                continue
+            if halvings == 0:
+                _warn_of_memory(rows, device)
+            # The last chunk may be smaller than the others.
+            while size >> halvings >= rows:
+                halvings += 1
+            if getattr(_local, "inside", False):
+                _local.halvings = halvings
+            # Not while the error is handled, which keeps alive what the failed call had made.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield result[0]
+        start += rows
+
+
+def _unless_out_of_memory(function: Callable, start: int, stop: int) -> tuple | None:
+    """Return the result of a function in a tuple, or None if a device had not the memory."""
+    try:
+        return (function(start, stop),)
+    # The name that all supported versions of torch have.
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def _warn_of_memory(rows: int, device: torch.device) -> None:
+    warnings.warn(
+        f"{rows} rows at a time were too many for the memory of {device}; going on with half of "
+        "them or fewer, with the same results in more time.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a CUDA device has free, with those that torch keeps but does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def working_entries(device: torch.device, most: int, least: int, itemsize: int) -> int:
+    """Entries of a working array on a device other than the CPU, from the memory it has free.
+
+    A power of two between ``least`` and ``most``, so that it depends on the device and not on
+    what little more or less is in use: the same chunks give the same results.
+    """
+    entries = int(free_memory(device) * _WORKING_SHARE / itemsize)
+    return max(least, min(most, 1 << max(entries, 1).bit_length() - 1))
 
 
 def one_ahead(function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks, one_ahead, parallel_chunks
 from skdeq._observations import CompressedRows
-from skdeq._precondition import SQUARED_NORM, RowBatches
+from skdeq._precondition import SQUARED_NORM, RowBatches, fetched, is_away
 from skdeq._progress import Progress
-from skdeq.objectives import Activation, BatchObjective, ObjectiveWeights, weight_redundancy
+from skdeq._replay import Capture, StepRunner, capture_graph
+from skdeq.objectives import (
+    ACTIVATIONS,
+    Activation,
+    BatchObjective,
+    ObjectiveWeights,
+    weight_redundancy,
+)
 
 __all__ = [
     "DEAD_VARIANCE",
@@ -80,13 +87,20 @@ def start_weights(n_components: int, p: int, generator: torch.Generator) -> Tens
     return torch.nn.functional.normalize(weights, dim=1) * length
 
 
+def _adam(weights: Tensor, options: EncoderOptions) -> torch.optim.Optimizer:
+    # On a card the steps are counted where a captured step can go on counting.
+    on_card = weights.device.type == "cuda"
+    adam = torch.optim.Adam([weights], lr=options.learning_rate, fused=True, capturable=on_card)
+    # The steps before the capture are no oversight.
+    adam._warned_capturable_if_run_uncaptured = True
+    return adam
+
+
 OPTIMISERS: dict[str, Callable[[Tensor, EncoderOptions], torch.optim.Optimizer]] = {
     "sgd": lambda weights, options: torch.optim.SGD(
         [weights], lr=options.learning_rate, momentum=options.momentum, fused=True
     ),
-    "adam": lambda weights, options: torch.optim.Adam(
-        [weights], lr=options.learning_rate, fused=True
-    ),
+    "adam": _adam,
 }
 # What each keeps from step to step.
 _STATES = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
@@ -100,10 +114,24 @@ class EncoderTrainer:
     weights : Tensor of shape (K, p + 1)
         Where to start; trained in place.
     options : EncoderOptions
+    rows : RowBatches
+        What to train on.
+    capture : callable, optional
+        See :class:`StepRunner`; by default a CUDA graph on a card and nothing elsewhere.
     """
 
-    def __init__(self, weights: Tensor, options: EncoderOptions):
-        self.weights, self.options = weights, options
+    def __init__(
+        self,
+        weights: Tensor,
+        options: EncoderOptions,
+        rows: RowBatches,
+        capture: Capture | None = None,
+    ):
+        self.weights, self.options, self.rows = weights, options, rows
+        # An activation of the user's own may do what cannot be captured.
+        if weights.device.type == "cuda" and options.activation in ACTIVATIONS.values():
+            capture = capture or capture_graph
+        self.run = StepRunner(self.step, capture)
         # A plain step needs neither an optimiser, whose import alone takes torch two seconds,
         # nor a gradient of its own: the product that would form it moves the weights.
         plain = (
@@ -131,7 +159,6 @@ class EncoderTrainer:
 
     def step(
         self,
-        rows: RowBatches,
         batch: Tensor,
         sample_weight: Tensor | None = None,
         share: Tensor | None = None,
@@ -140,7 +167,6 @@ class EncoderTrainer:
 
         Parameters
         ----------
-        rows : RowBatches
         batch : Tensor of shape (m, p + 1)
             Preconditioned rows.
         sample_weight : Tensor of shape (m,), optional
@@ -148,7 +174,7 @@ class EncoderTrainer:
         share : Tensor, a scalar, optional
             Weight of the batch relative to the mean batch.
         """
-        weights, options = self.weights, self.options
+        weights, options, rows = self.weights, self.options, self.rows
         preactivation, distance, objective = self._buffers_for(len(batch))
         rows.project(batch, weights, preactivation)
         options.activation.value_into(preactivation, distance)
@@ -170,10 +196,11 @@ class EncoderTrainer:
         weights.grad = self._slope
         self.optimiser.step()
 
-    def epoch(self, rows: RowBatches, sample_weight: Tensor | None, order: Tensor) -> float:
+    def epoch(self, sample_weight: Tensor | None, order: Tensor) -> float:
         """Go once through the rows in the order given; return the mean loss of the batches."""
+        rows, device = self.rows, self.weights.device
         count = -(-len(order) // self.options.batch_size)
-        mean_weight = None if sample_weight is None else sample_weight.sum() / count
+        mean_weight = None if sample_weight is None else sample_weight.sum().to(device) / count
         self._terms.zero_()
         self.variance.zero_()
         # Batches of equal size, give or take a row: a short last one would be a noisy one.
@@ -187,27 +214,23 @@ class EncoderTrainer:
             batches = gathered.split([len(index) for index in group])
             for index, batch in zip(group, batches, strict=True):
                 if sample_weight is None:
-                    self.step(rows, batch)
+                    self.run(batch, None, None)
                 else:
-                    weight = sample_weight[index]
-                    self.step(rows, batch, weight, weight.sum() / mean_weight)
+                    weight = sample_weight[index].to(device)
+                    self.run(batch, weight, weight.sum() / mean_weight)
         self.variance /= count
         return float(self._terms.double().cpu() @ self.options.weights.vector) / count
 
     def fit(
-        self,
-        rows: RowBatches,
-        sample_weight: Tensor | None,
-        generator: torch.Generator,
-        progress: Progress,
+        self, sample_weight: Tensor | None, generator: torch.Generator, progress: Progress
     ) -> EncoderTrace:
         """Train for at most `max_iter` epochs, until the loss stops falling or is lost."""
-        options, trace = self.options, EncoderTrace()
+        options, rows, trace = self.options, self.rows, EncoderTrace()
         best, quiet = torch.inf, 0
         for _ in range(options.max_iter):
             progress.begin()
-            order = torch.randperm(rows.n_rows, generator=generator).to(rows.device)
-            self._safe_epoch(rows, sample_weight, order, trace)
+            order = torch.randperm(rows.n_rows, generator=generator).to(rows.home)
+            self._safe_epoch(sample_weight, order, trace)
             if trace.diverged:
                 break
             loss = trace.loss_curve[-1]
@@ -221,22 +244,20 @@ class EncoderTrainer:
                 self.revive(rows.p, generator)
         return trace
 
-    def fit_once(
-        self, rows: RowBatches, sample_weight: Tensor | None, trace: EncoderTrace
-    ) -> EncoderTrace:
+    def fit_once(self, sample_weight: Tensor | None, trace: EncoderTrace) -> EncoderTrace:
         """Go on from `trace` by one pass over the rows as they come."""
-        order = torch.arange(rows.n_rows, device=rows.device)
-        self._safe_epoch(rows, sample_weight, order, trace)
+        order = torch.arange(self.rows.n_rows, device=self.rows.home)
+        self._safe_epoch(sample_weight, order, trace)
         return trace
 
     def _safe_epoch(
-        self, rows: RowBatches, sample_weight: Tensor | None, order: Tensor, trace: EncoderTrace
+        self, sample_weight: Tensor | None, order: Tensor, trace: EncoderTrace
     ) -> None:
         """Run an epoch and write it down, or undo it if it left the finite numbers."""
         before = self.weights.clone()
         small = min(self.options.batch_size, len(order)) * self.weights.numel() < _LEAST_THREADED
         with parallel_chunks() if small else nullcontext():
-            loss = self.epoch(rows, sample_weight, order)
+            loss = self.epoch(sample_weight, order)
         if np.isfinite(loss) and bool(torch.isfinite(self.weights).all()):
             trace.loss_curve.append(loss)
             trace.n_iter += 1
@@ -244,6 +265,7 @@ class EncoderTrainer:
         self.weights.copy_(before)
         if self.optimiser is not None:
             self.optimiser.state.clear()
+            self.run.forget()
         trace.diverged = True
 
     def revive(self, p: int, generator: torch.Generator) -> None:
@@ -267,13 +289,20 @@ class EncoderTrainer:
     def load_state(self, state: dict[str, np.ndarray] | None) -> None:
         """Take over a state, unless it is that of another optimiser."""
         if self.optimiser is not None and state and set(state) == _STATES[self.options.solver]:
+            # Each in its own type: the count of steps is float32 whatever the weights are.
             self.optimiser.state[self.weights] = {
-                name: torch.from_numpy(one.copy()).to(self.weights) for name, one in state.items()
+                name: torch.from_numpy(one.copy()).to(self.weights.device)
+                for name, one in state.items()
             }
+            self.run.forget()
 
 
 def encode(
-    rows: Tensor | CompressedRows, components: Tensor, intercept: Tensor, activation: Activation
+    rows: Tensor | CompressedRows,
+    components: Tensor,
+    intercept: Tensor,
+    activation: Activation,
+    device: torch.device,
 ) -> Tensor:
     """Distances (n, K) of rows as they came, in their own float type or float32.
 
@@ -283,21 +312,32 @@ def encode(
     components : Tensor of shape (K, p)
     intercept : Tensor of shape (K,)
     activation : Activation
+    device : torch.device
+        Where to compute. Rows that lie elsewhere are brought there chunk by chunk, and their
+        distances back.
 
     Returns
     -------
     Tensor of shape (n, K)
+        On the device of the rows.
     """
     stored = rows.values if isinstance(rows, CompressedRows) else rows
     dtype = stored.dtype if stored.is_floating_point() else torch.float32
-    weights = components.to(stored.device, dtype).T.contiguous()
-    bias = intercept.to(stored.device, dtype)
-    if isinstance(rows, CompressedRows):
-        matrix = CompressedRows(rows.indptr, rows.indices, stored.to(dtype), rows.shape).matrix
-        return activation.value(matrix @ weights + bias)
+    weights = components.to(device, dtype).T.contiguous()
+    bias = intercept.to(device, dtype)
     n, p = rows.shape
+    away = is_away(rows, device)
 
     def work(start: int, stop: int) -> Tensor:
-        return activation.value(torch.addmm(bias, rows[start:stop].to(dtype), weights))
+        if isinstance(rows, CompressedRows):
+            part = fetched(rows.slice(start, stop), device) if away else rows
+            matrix = replace(part, values=part.values.to(dtype)).matrix
+            distance = activation.value(matrix @ weights + bias)
+        else:
+            part = fetched(rows[start:stop], device) if away else rows[start:stop]
+            distance = activation.value(torch.addmm(bias, part.to(dtype), weights))
+        return distance.to(rows.device)
 
-    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), stored.device))
+    if isinstance(rows, CompressedRows) and not away:
+        return work(0, n)
+    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), device))

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
-    check_observations,
     exposure_offset,
     log_base_rows,
+    numpy_dtype,
     resolve_device,
+    returned,
     rows_of,
     seeded_generator,
+    take_rows,
     to_numpy,
     to_observations,
     to_tensor,
@@ -49,6 +51,7 @@ from skdeq._stochastic import (
     model_of,
     solve_and_step,
 )
+from skdeq._validation import check_observations, check_stream_type, check_weights
 from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
@@ -125,11 +128,11 @@ class LatentVariableEstimator(BaseEstimator):
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
         """Move validated data to the device."""
-        device = resolve_device(self.device)
+        device = resolve_device(self.device, X)
         offset = None
         if self.exposure is not None:
             offset, profile = exposure_offset(X, profile)
-            offset = torch.from_numpy(offset.astype(X.dtype)).to(device)
+            offset = torch.from_numpy(offset.astype(numpy_dtype(X))).to(device)
         if sample_weight is not None:
             sample_weight = torch.from_numpy(sample_weight).to(device)
         setting = Setting(
@@ -152,16 +155,14 @@ class LatentVariableEstimator(BaseEstimator):
         X = check_observations(self, X, family, reset=reset)
         n, p = X.shape
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(
-                sample_weight, X, dtype=X.dtype, ensure_non_negative=True
-            )
+            sample_weight = check_weights(sample_weight, X)
             if reset and not sample_weight.all():
                 # Rows without weight take no part in the fit, not even by leaving the domain.
                 kept = np.flatnonzero(sample_weight)
-                X, sample_weight = X[kept], sample_weight[kept]
+                X, sample_weight = take_rows(X, kept), sample_weight[kept]
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
-        logs = torch.from_numpy(log_base_rows(X, family))
+        logs = log_base_rows(X, family).to(setting.observations.device)
         hidden = setting.hidden_map
         if hidden.widths:
             hidden = hidden.smoothed(hidden.widths[0])
@@ -208,6 +209,7 @@ class LatentVariableEstimator(BaseEstimator):
             moments = latent_covariance(_top(model.latents, model.upper), setting.sample_weight)
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
+            estimator._n_batches = 0
 
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
@@ -252,7 +254,7 @@ class LatentVariableEstimator(BaseEstimator):
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
         )
-        dtype = X.dtype
+        dtype = numpy_dtype(X)
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
@@ -335,6 +337,7 @@ class LatentVariableEstimator(BaseEstimator):
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
+        check_stream_type(X, self.loadings_)
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
@@ -391,23 +394,21 @@ class LatentVariableEstimator(BaseEstimator):
             self._upper(**like),
         )
 
-    def _predictors(self, Z: np.ndarray) -> np.ndarray:
-        """Linear predictors at unit exposure of what `transform` returns."""
+    def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
+        """Linear predictors at unit exposure of what `transform` returns, where that lies."""
+        like = {"dtype": torch.float64, "device": codes.device}
+        intercept = to_tensor(self.intercept_).to(**like)
         if not self._hidden():
             # Products with the scores' own basis, exact where a component is empty.
-            basis = self.loadings_.T if self.whiten else self.components_
-            return Z @ basis + self.intercept_
-        latents = Z if self.whiten else Z @ np.linalg.pinv(self._to_scores)
-        like = {"dtype": torch.float64}
-        return to_numpy(
-            _predictor(
-                to_tensor(latents).to(**like),
-                to_tensor(self.loadings_).to(**like),
-                to_tensor(self.intercept_).to(**like),
-                self._upper(**like),
-                self._hidden_map(),
-            )
-        )
+            basis = to_tensor(self.loadings_.T if self.whiten else self.components_)
+            predictor = codes.double() @ basis.to(**like) + intercept
+        else:
+            latents = codes.double()
+            if not self.whiten:
+                latents = latents @ torch.linalg.pinv(to_tensor(self._to_scores).to(**like))
+            loadings, upper = to_tensor(self.loadings_).to(**like), self._upper(**like)
+            predictor = _predictor(latents, loadings, intercept, upper, self._hidden_map())
+        return predictor.to(codes.dtype)
 
     def _upper(self, **like) -> tuple[HiddenLayer, ...]:
         return tuple(
@@ -454,11 +455,12 @@ class LatentVariableEstimator(BaseEstimator):
             )
         return result
 
-    def _output(self, latents: torch.Tensor) -> np.ndarray:
+    def _output(self, latents: torch.Tensor, X) -> np.ndarray | torch.Tensor:
+        """Turn latents of the rows X into what `transform` returns."""
         latents = latents[:, -len(self._to_scores) :]
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
-        return to_numpy(latents)
+        return returned(latents, X, self)
 
 
 def _integers(name: str, values, lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,17 +5,25 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+from sklearn import config_context
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
-from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
 
 from skdeq._architecture import describe
-from skdeq._base import SkdeqManners, log_base_rows, to_numpy, to_tensor
+from skdeq._base import (
+    SkdeqManners,
+    host_array,
+    log_base_rows,
+    returned,
+    stream_batch,
+    to_tensor,
+)
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
 from skdeq._progress import CallbackSupportMixin, training
+from skdeq._validation import check_codes
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -372,8 +380,8 @@ class ExpFamilyDEQ(
             if left_out or not setting.family.is_canonical:
                 # Rows of zero weight took no part in the fit; and where a row has several
                 # solutions, the one that `transform` finds is the one to return.
-                return self._output(self._checked(self._solve(X)[0]).value)
-            return self._output(self._checked(self._latents(setting, model.latents)).value)
+                return self._output(self._checked(self._solve(X)[0]).value, X)
+            return self._output(self._checked(self._latents(setting, model.latents)).value, X)
 
     def transform(self, X):
         """Scores of rows, seen in training or not.
@@ -387,9 +395,10 @@ class ExpFamilyDEQ(
         -------
         ndarray of shape (n_samples, n_components)
             Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
+            A tensor on the device of X where X is a tensor and ``array_api_dispatch=True``.
         """
         with parallel_chunks():
-            return self._output(self._checked(self._solve(X)[0]).value)
+            return self._output(self._checked(self._solve(X)[0]).value, X)
 
     def map_latents(self, X):
         """MAP latents of rows, each with its certificate of convergence.
@@ -410,7 +419,7 @@ class ExpFamilyDEQ(
         with parallel_chunks():
             result, _, _ = self._solve(X)
         fields = ("value", "residual", "converged", "n_iter")
-        return replace(result, **{one: to_numpy(getattr(result, one)) for one in fields})
+        return replace(result, **{one: returned(getattr(result, one), X) for one in fields})
 
     def natural_parameters(self, Z):
         """Canonical parameters eta, R of the linear predictor, at unit exposure.
@@ -426,13 +435,12 @@ class ExpFamilyDEQ(
         -------
         ndarray of shape (n_samples, n_features)
         """
+        return returned(self._natural_parameters(Z), Z)
+
+    def _natural_parameters(self, Z) -> torch.Tensor:
         check_is_fitted(self)
-        Z = check_array(Z, dtype=[np.float64, np.float32], input_name="Z")
-        k = self._n_features_out
-        if Z.shape[1] != k:
-            raise ValueError(f"Z has {Z.shape[1]} columns, but this model has {k} components.")
-        predictor = torch.from_numpy(self._predictors(Z).astype(Z.dtype, copy=False))
-        return get_canonical_map(self.canonical_map).value(predictor).numpy()
+        codes = check_codes(Z, self._n_features_out, "Z")
+        return get_canonical_map(self.canonical_map).value(self._predictors(codes))
 
     def inverse_transform(self, Z):
         """Mean of the observations at unit exposure, a denoised X.
@@ -448,8 +456,7 @@ class ExpFamilyDEQ(
             Infinite where the predictors are outside the domain of a gamma or negative
             binomial family, as those of entries that were missing may be.
         """
-        eta = self.natural_parameters(Z)
-        return get_family(self.family).mean(torch.from_numpy(eta)).numpy()
+        return returned(get_family(self.family).mean(self._natural_parameters(Z)), Z)
 
     def score_samples(self, X):
         """Laplace approximation of the marginal log-likelihood of each row.
@@ -469,10 +476,10 @@ class ExpFamilyDEQ(
         ndarray of shape (n_samples,), float64
         """
         with parallel_chunks():
-            result, setting, X = self._solve(X)
+            result, setting, rows = self._solve(X)
             self._checked(result)
             marginal = laplace_log_likelihood(setting, *self._parameters(setting), result.value)
-            return to_numpy(marginal) + log_base_rows(X, setting.family)
+            return returned(marginal + log_base_rows(rows, setting.family).to(marginal), X)
 
     def score(self, X, y=None, sample_weight=None):
         """Mean of `score_samples`, for model selection by cross-validation.
@@ -491,9 +498,12 @@ class ExpFamilyDEQ(
         float
             Mean log-likelihood of a row.
         """
-        scores = self.score_samples(X)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        with config_context(array_api_dispatch=False):
+            scores = self.score_samples(X)
+            if sample_weight is not None:
+                sample_weight = _check_sample_weight(
+                    host_array(sample_weight, "sample_weight"), X, ensure_non_negative=True
+                )
         return float(np.average(scores, weights=sample_weight))
 
     def architecture(self):
@@ -561,7 +571,8 @@ class ExpFamilyDEQ(
 
         The first batch starts the model by a full fit of its own and needs at least as many
         rows as there are components; each later one takes one step of Adam along the gradient
-        at its MAP latents.
+        at its MAP latents. All batches have one floating point type. A batch that is refused
+        leaves the model as it was, and its number in the stream is in the message.
 
         Parameters
         ----------
@@ -578,7 +589,8 @@ class ExpFamilyDEQ(
             The updated estimator.
         """
         first = getattr(self, "components_", None) is None
-        with self._fitting(X, y, sample_weight, stream=not first) as progress, parallel_chunks():
+        fitting = self._fitting(X, y, sample_weight, stream=not first)
+        with stream_batch(self), fitting as progress, parallel_chunks():
             if first:
                 self._fit(X, sample_weight, progress)
             else:

@@ -9,8 +9,9 @@ from sklearn.preprocessing import LabelEncoder
 from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
+from skdeq._base import host_array, returned, stream_batch
 from skdeq._chunks import parallel_chunks
-from skdeq._fine_tune_base import FineTuned
+from skdeq._fine_tune_base import FineTuned, ScoredOnHost
 
 __all__ = ["DEQClassifier", "DEQRegressor"]
 
@@ -94,7 +95,7 @@ _ATTRIBUTES = """
 """
 
 
-class DEQClassifier(ClassifierMixin, FineTuned):
+class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
     __doc__ = f"""Classifier on the latents of an exponential-family model, trained end to end.
 
     The latents of each row are the equilibrium of :class:`~skdeq.ExpFamilyDEQ`; a small network
@@ -131,7 +132,8 @@ class DEQClassifier(ClassifierMixin, FineTuned):
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Go once through some rows of a stream, in minibatches in the order given.
 
-        The first call fits the backbone, if need be, to its rows.
+        The first call fits the backbone, if need be, to its rows. A batch that is refused leaves
+        the model as it was, and its number in the stream is in the message.
 
         Parameters
         ----------
@@ -149,8 +151,9 @@ class DEQClassifier(ClassifierMixin, FineTuned):
         self : DEQClassifier
             The updated estimator.
         """
-        with self._fitting(X, y, sample_weight, stream=True) as progress, parallel_chunks():
-            going_on = hasattr(self, "coefs_")
+        fitting = self._fitting(X, y, sample_weight, stream=True)
+        with stream_batch(self), fitting as progress, parallel_chunks():
+            going_on, classes = hasattr(self, "coefs_"), host_array(classes, "classes")
             if not going_on and classes is None:
                 raise ValueError("classes must be given in the first call of partial_fit.")
             if (
@@ -179,7 +182,7 @@ class DEQClassifier(ClassifierMixin, FineTuned):
         ndarray of shape (n_samples, n_classes)
             In the order of `classes_`.
         """
-        return softmax(self._outputs(X), axis=1)
+        return returned(softmax(self._outputs(X), axis=1), X)
 
     def predict(self, X):
         """Most probable class of each row.
@@ -194,7 +197,7 @@ class DEQClassifier(ClassifierMixin, FineTuned):
         ndarray of shape (n_samples,)
         """
         outputs = self._outputs(X)
-        return self.classes_[np.argmax(outputs, axis=1)]
+        return returned(self.classes_[np.argmax(outputs, axis=1)], X)
 
     def _check_y(self, y):
         check_classification_targets(y)
@@ -236,7 +239,7 @@ class DEQClassifier(ClassifierMixin, FineTuned):
         return accuracy_score(targets, outputs.argmax(axis=1), sample_weight=weight)
 
 
-class DEQRegressor(RegressorMixin, FineTuned):
+class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
     __doc__ = f"""Regressor on the latents of an exponential-family model, trained end to end.
 
     The latents of each row are the equilibrium of :class:`~skdeq.ExpFamilyDEQ`; a small network
@@ -268,7 +271,8 @@ class DEQRegressor(RegressorMixin, FineTuned):
     def partial_fit(self, X, y, sample_weight=None):
         """Go once through some rows of a stream, in minibatches in the order given.
 
-        The first call fits the backbone, if need be, and settles location and scale of y.
+        The first call fits the backbone, if need be, and settles location and scale of y. A batch
+        that is refused leaves the model as it was, and its number in the stream is in the message.
 
         Parameters
         ----------
@@ -284,7 +288,8 @@ class DEQRegressor(RegressorMixin, FineTuned):
         self : DEQRegressor
             The updated estimator.
         """
-        with self._fitting(X, y, sample_weight, stream=True) as progress, parallel_chunks():
+        fitting = self._fitting(X, y, sample_weight, stream=True)
+        with stream_batch(self), fitting as progress, parallel_chunks():
             self._pass_once(X, y, sample_weight, progress)
         return self
 
@@ -301,7 +306,7 @@ class DEQRegressor(RegressorMixin, FineTuned):
         ndarray of shape (n_samples,)
         """
         outputs = self._outputs(X)
-        return outputs[:, 0] * self._target_scale + self._target_mean
+        return returned(outputs[:, 0] * self._target_scale + self._target_mean, X)
 
     def _check_y(self, y):
         y = column_or_1d(y, warn=True)

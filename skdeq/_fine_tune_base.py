@@ -6,21 +6,46 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+from sklearn import config_context
 from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import SkdeqManners, check_observations, resolve_device
+from skdeq._base import SkdeqManners, host_array, resolve_device, take_rows
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
+from skdeq._validation import check_observations, check_stream_type, check_weights
 from skdeq.families import get_family
 
-__all__ = ["FineTuned"]
+__all__ = ["FineTuned", "ScoredOnHost"]
+
+
+class ScoredOnHost:
+    """Compute scikit-learn's score from arrays on the host, wherever rows and targets are."""
+
+    def score(self, X, y, sample_weight=None):
+        """Score of the predictions: accuracy of a classifier, R2 of a regressor.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the backbone's family; NaN where missing.
+        y : array-like of shape (n_samples,)
+            True labels or numbers.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights.
+
+        Returns
+        -------
+        float
+        """
+        with config_context(array_api_dispatch=False):
+            return super().score(X, host_array(y, "y"), host_array(sample_weight, "sample_weight"))
 
 
 class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
@@ -109,6 +134,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
                 self._learn_targets(y, sample_weight)
             targets = self._encode_targets(y)
             self._train(X, targets, sample_weight, progress, going_on=going_on, stream=False)
+            self._n_batches = 0
         return self
 
     def _fitting(self, X, y, sample_weight, *, stream: bool = False):
@@ -121,6 +147,8 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         """Go once through some rows; of the first call learn the targets, or take the labels."""
         going_on = hasattr(self, "coefs_")
         X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
+        if going_on:
+            check_stream_type(X, self.coefs_[0])
         if not going_on and labels is None:
             self._learn_targets(y, sample_weight)
         elif not going_on:
@@ -131,7 +159,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     def _validated(self, X, y, sample_weight, *, reset: bool):
         self._check_head()
         family = get_family((self._backbone() if reset else self.backbone_).family)
-        y = self._check_y(y)
+        y = self._check_y(host_array(y, "y"))
         X = check_observations(self, X, family, reset=reset)
         if len(y) != X.shape[0]:
             raise ValueError(
@@ -139,11 +167,9 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
                 f"y has {len(y)}."
             )
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(
-                sample_weight, X, dtype=X.dtype, ensure_non_negative=True
-            )
+            sample_weight = check_weights(sample_weight, X)
             kept = np.flatnonzero(sample_weight)
-            X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
+            X, y, sample_weight = take_rows(X, kept), y[kept], sample_weight[kept]
         return X, y, sample_weight
 
     def _check_head(self) -> None:
@@ -200,7 +226,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
 
     def _latents(self, X) -> np.ndarray:
         """MAP latents of validated rows, in the top layer."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), config_context(array_api_dispatch=False):
             warnings.filterwarnings("ignore", message="X does not have valid feature names")
             return self.backbone_.map_latents(X).layers[-1]
 
@@ -209,7 +235,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     ) -> None:
         random_state = check_random_state(self.random_state)
         seeds = random_state.randint(np.iinfo(np.int32).max, size=3)
-        device = resolve_device(self.device)
+        device = resolve_device(self.device, X)
         if not going_on:
             self.backbone_ = self._pretrained(X, sample_weight, progress, int(seeds[0]))
             latents = self._latents(X)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._base import rows_of, to_numpy, to_tensor
+from skdeq._base import numpy_dtype, rows_of, to_numpy, to_tensor
 from skdeq._progress import Progress
 from skdeq.nn import EquilibriumLayer
 
@@ -80,7 +80,7 @@ class TrainingRows:
 
     Attributes
     ----------
-    X : ndarray or CSR array of shape (n, p)
+    X : Tensor or CSR array of shape (n, p)
     targets : ndarray of shape (n,)
     sample_weight : ndarray of shape (n,) or None
     latents : ndarray of shape (n, k)
@@ -117,7 +117,7 @@ class HeadTrainer:
         loss: Callable[[Tensor, Tensor], Tensor],
     ):
         self.options, self.rows, self.loss = options, rows, loss
-        dtype = to_tensor(np.empty(0, rows.X.dtype)).dtype
+        dtype = to_tensor(np.empty(0, numpy_dtype(rows.X))).dtype
         like = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
         self.layer.rotation = None
@@ -203,10 +203,11 @@ class HeadTrainer:
         weight = self._sample_weight
         loss = losses.sum() if weight is None else losses @ weight[index]
         (loss * factor).backward()
-        values = [loss, *(one.grad for one in self._parameters)]
-        if all(bool(torch.isfinite(value).all()) for value in values):
-            return float(loss.detach())
-        return None
+        values = [loss.detach(), *(one.grad for one in self._parameters)]
+        finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
+        # Read together: each look at the device makes the host wait.
+        is_finite, value = torch.stack([finite.to(loss.dtype), values[0]]).tolist()
+        return value if is_finite else None
 
     def _take_back(self) -> None:
         """Undo the last step, and make the following ones half as long."""
@@ -304,7 +305,8 @@ class HeadTrainer:
         for parameter, values in zip(self._parameters, state, strict=True):
             if values:
                 self.optimiser.state[parameter] = {
-                    name: to_tensor(value).to(
+                    # Copies: Adam works in place, and the state may be wanted as it was.
+                    name: torch.tensor(value).to(
                         parameter if value.ndim else parameter.new_empty(0, device="cpu")
                     )
                     for name, value in values.items()

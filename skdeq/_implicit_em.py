@@ -13,13 +13,16 @@ from sklearn.base import (
 )
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
     SkdeqManners,
-    check_rows,
+    numpy_dtype,
     resolve_device,
+    returned,
     seeded_generator,
+    stream_batch,
+    take_rows,
     to_numpy,
     to_rows,
     to_tensor,
@@ -35,6 +38,7 @@ from skdeq._encoder_fit import (
 )
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import CallbackSupportMixin, training
+from skdeq._validation import check_codes, check_rows, check_stream_type, check_weights
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -283,8 +287,9 @@ class ImplicitEMEncoder(
         ) as progress:
             X, sample_weight = self._training(X, sample_weight, reset=True)
             generator = seeded_generator(self.random_state)
-            rows = to_rows(X, resolve_device(self.device))
-            weight = self._weight_tensor(sample_weight)
+            device = resolve_device(self.device, X)
+            rows = to_rows(X, device)
+            weight = None if sample_weight is None else to_tensor(sample_weight, rows.device)
             preconditioner = fit_preconditioner(rows, weight)
             shape = (self.n_components, X.shape[1])
             if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
@@ -293,13 +298,15 @@ class ImplicitEMEncoder(
                 )
             else:
                 start = start_weights(*shape, generator)
-            trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
+            dtype = numpy_dtype(X)
+            trainer = self._trainer(rows, device, preconditioner, start, dtype)
 
             def store(estimator, trace: EncoderTrace) -> None:
-                estimator._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+                estimator._store(rows, weight, preconditioner, trainer, trace, dtype)
+                estimator._n_batches = 0
 
             progress.store = store
-            trace = trainer.fit(batches, weight, generator, progress)
+            trace = trainer.fit(weight, generator, progress)
             if trace.diverged:
                 warnings.warn(
                     f"{type(self).__name__} diverged in epoch {trace.n_iter + 1} and was set back "
@@ -317,6 +324,8 @@ class ImplicitEMEncoder(
         """Go once through some rows of a stream, in minibatches in the order given.
 
         The first call settles location and scale for good; memory does not grow with the stream.
+        All batches are computed with in one floating point type. A batch that is refused leaves
+        the model as it was, and its number in the stream is in the message.
 
         Parameters
         ----------
@@ -332,17 +341,19 @@ class ImplicitEMEncoder(
         self : ImplicitEMEncoder
             The updated estimator.
         """
-        with training(self, X, y, sample_weight):
+        with stream_batch(self), training(self, X, y, sample_weight):
             first = getattr(self, "components_", None) is None
             X, sample_weight = self._training(X, sample_weight, reset=first)
-            rows = to_rows(X, resolve_device(self.device))
-            weight = self._weight_tensor(sample_weight)
+            device = resolve_device(self.device, X)
+            rows = to_rows(X, device)
+            weight = None if sample_weight is None else to_tensor(sample_weight, rows.device)
             if first:
                 preconditioner = fit_preconditioner(rows, weight)
                 generator = seeded_generator(self.random_state)
                 start = start_weights(self.n_components, X.shape[1], generator)
                 past, state = EncoderTrace(), None
             else:
+                check_stream_type(X, self.components_)
                 if self.n_components != len(self.components_):
                     raise ValueError(
                         f"n_components={self.n_components}, but partial_fit goes on with the "
@@ -352,9 +363,9 @@ class ImplicitEMEncoder(
                 start = to_tensor(self._weights)
                 past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
                 state = self._solver_state
-            trainer, batches = self._trainer(rows, preconditioner, start, X.dtype)
+            trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))
             trainer.load_state(state)
-            trace = trainer.fit_once(batches, weight, past)
+            trace = trainer.fit_once(weight, past)
             if trace.diverged:
                 warnings.warn(
                     f"These rows made {type(self).__name__} diverge and were left out: lower "
@@ -362,7 +373,7 @@ class ImplicitEMEncoder(
                     ConvergenceWarning,
                     stacklevel=3,
                 )
-            self._store(rows, weight, preconditioner, trainer, trace, X.dtype)
+            self._store(rows, weight, preconditioner, trainer, trace, numpy_dtype(X))
             self._warn_if_dead()
         return self
 
@@ -377,12 +388,13 @@ class ImplicitEMEncoder(
         Returns
         -------
         ndarray of shape (n_samples, n_components)
-            What `output` says.
+            What `output` says. A tensor on the device of X where X is a tensor and
+            ``array_api_dispatch=True``.
         """
         distance = self._distances(X)
         if self.output == "responsibilities":
             distance = responsibilities(distance)
-        return to_numpy(distance)
+        return returned(distance, X, self)
 
     def responsibilities(self, X):
         """Share of each component in each row, ``softmax(-d)``.
@@ -397,7 +409,7 @@ class ImplicitEMEncoder(
         ndarray of shape (n_samples, n_components)
             Rows sum to one.
         """
-        return to_numpy(responsibilities(self._distances(X)))
+        return returned(responsibilities(self._distances(X)), X)
 
     def inverse_transform(self, D):
         """Pseudo-decoder: the transposed weights applied to a code.
@@ -415,11 +427,10 @@ class ImplicitEMEncoder(
             ``D @ components_``.
         """
         check_is_fitted(self)
-        D = check_array(D, dtype=[np.float64, np.float32], input_name="D")
-        k = len(self.components_)
-        if D.shape[1] != k:
-            raise ValueError(f"D has {D.shape[1]} columns, but this model has {k} components.")
-        return (D @ self.components_).astype(D.dtype, copy=False)
+        codes = check_codes(D, len(self.components_), "D")
+        components = to_tensor(self.components_, codes.device)
+        dtype = torch.promote_types(codes.dtype, components.dtype)
+        return returned((codes.to(dtype) @ components.to(dtype)).to(codes.dtype), D)
 
     def loss_terms(self, X, sample_weight=None):
         """Terms of the objective on rows taken as one batch, each with its weight.
@@ -439,11 +450,12 @@ class ImplicitEMEncoder(
         check_is_fitted(self)
         X = check_rows(self, X, reset=False, min_rows=2)
         X, sample_weight = self._weighted(X, sample_weight)
-        distance = self._encode(to_rows(X, resolve_device(self.device)))
+        device = resolve_device(self.device, X)
+        distance = self._encode(to_rows(X, device), device)
         weights = self._objective_weights()
         objective = BatchObjective(weights, *distance.shape, distance)
-        weight = self._weight_tensor(sample_weight)
-        objective(distance, None if weight is None else weight.to(distance.dtype))
+        weight = None if sample_weight is None else to_tensor(sample_weight).to(distance)
+        objective(distance, weight)
         redundancy, _ = weight_redundancy(to_tensor(self.components_).double())
         terms = [*objective.terms.double().cpu(), redundancy]
         values = weights.vector * torch.stack(terms)
@@ -501,10 +513,7 @@ class ImplicitEMEncoder(
     def _weighted(self, X, sample_weight):
         """Validate the weights of validated rows; rows of no weight are left out."""
         if sample_weight is not None:
-            dtype = np.result_type(X.dtype, np.float32)
-            sample_weight = _check_sample_weight(
-                sample_weight, X, dtype=dtype, ensure_non_negative=True
-            )
+            sample_weight = check_weights(sample_weight, X)
             kept = np.flatnonzero(sample_weight)
             if len(kept) < 2:
                 raise ValueError(
@@ -512,19 +521,14 @@ class ImplicitEMEncoder(
                     f"{type(self).__name__} needs at least 2."
                 )
             if len(kept) < X.shape[0]:
-                X, sample_weight = X[kept], sample_weight[kept]
+                X, sample_weight = take_rows(X, kept), sample_weight[kept]
             # Counts of repeated rows stay as they are; shares get the mean of counts of one.
             mean = sample_weight.mean(dtype=np.float64)
             if mean < 1:
-                sample_weight = (sample_weight / mean).astype(dtype)
+                sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
         return X, sample_weight
 
-    def _weight_tensor(self, sample_weight) -> torch.Tensor | None:
-        if sample_weight is None:
-            return None
-        return to_tensor(sample_weight, resolve_device(self.device))
-
-    def _trainer(self, rows, preconditioner, start, dtype) -> tuple[EncoderTrainer, RowBatches]:
+    def _trainer(self, rows, device, preconditioner, start, dtype) -> EncoderTrainer:
         options = EncoderOptions(
             activation=self._activation(),
             weights=self._objective_weights(),
@@ -537,8 +541,8 @@ class ImplicitEMEncoder(
             revive_dead=bool(self.revive_dead),
         )
         working = to_tensor(np.empty(0, np.result_type(dtype, np.float32))).dtype
-        batches = RowBatches(rows, preconditioner, working)
-        return EncoderTrainer(start.to(batches.device, working).clone(), options), batches
+        batches = RowBatches(rows, preconditioner, working, device)
+        return EncoderTrainer(start.to(batches.device, working).clone(), options, batches)
 
     def _store(self, rows, weight, preconditioner, trainer, trace, dtype) -> None:
         """Fold location and scale back and keep everything as numpy."""
@@ -551,7 +555,7 @@ class ImplicitEMEncoder(
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
         self._solver_state = trainer.state()
-        distance = self._encode(rows)
+        distance = self._encode(rows, trainer.weights.device)
         if weight is None:
             variance = distance.var(0, correction=0)
         else:
@@ -571,14 +575,15 @@ class ImplicitEMEncoder(
                 stacklevel=4,
             )
 
-    def _encode(self, rows) -> torch.Tensor:
+    def _encode(self, rows, device: torch.device) -> torch.Tensor:
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)
-        return encode(rows, components, intercept, self._activation())
+        return encode(rows, components, intercept, self._activation(), device)
 
     def _distances(self, X) -> torch.Tensor:
         check_is_fitted(self)
         X = check_rows(self, X, reset=False)
-        return self._encode(to_rows(X, resolve_device(self.device)))
+        device = resolve_device(self.device, X)
+        return self._encode(to_rows(X, device), device)
 
     @property
     def _n_features_out(self) -> int:

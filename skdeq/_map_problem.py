@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from skdeq._chunks import working_entries
 from skdeq._family import Family
 from skdeq._observations import Observations
 
@@ -26,7 +27,9 @@ __all__ = ["MapProblem"]
 # reduced (full-size temporaries are 5-10 times slower), and large enough that Python, whose lock
 # the threads share, is a small part of the work.
 _TILE_ENTRIES = 2**20
+# The same on a card: all that keeps it busy, less where its memory is short.
 _TILE_ENTRIES_CUDA = 2**26
+_LEAST_ENTRIES_CUDA = 2**20
 _LEAST_ROWS, _MOST_ROWS = 1024, 8192
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
 # up to 50 unknowns no fewer rows than else.
@@ -37,6 +40,14 @@ _LEAST_CHUNKS = 4
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
 _SAFE_MOVE = 1.0
+
+
+def _tile_entries(like: Tensor) -> int:
+    if like.device.type == "cpu":
+        return _TILE_ENTRIES
+    return working_entries(
+        like.device, _TILE_ENTRIES_CUDA, _LEAST_ENTRIES_CUDA, like.element_size()
+    )
 
 
 class MapProblem:
@@ -87,6 +98,7 @@ class MapProblem:
         self.q, self.r = design.shape
         self.n_rows = observations.shape[0]
         self._bounds = (0, self.n_rows)
+        self._tile = _tile_entries(design)
         self._size = design.new_zeros(self.n_rows)
         extra = []
         if offset is not None:
@@ -110,12 +122,16 @@ class MapProblem:
                 self.constant += projected[:, self.r]
             if row_offset is not None:
                 self.constant += row_offset.double() * projected[:, -1]
-        self._square = self._collect[0] * design.square().sum(1)
-        self.terms = float(self._collect[0].sum())
+        square = design.square().sum(1)
+        self._square = self._collect[0] * square
+        longest = square.max() if len(square) else square.sum()
+        # Read together: each of them makes the host wait for the device.
+        numbers = torch.stack([self._collect[0].sum(), self._square.sum(), longest])
+        self.terms, spread, longest = numbers.tolist()
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
         # tends to minus infinity) counts as solved instead of being chased for ever.
-        self._least = float(self._square.sum()) / self.r * torch.finfo(design.dtype).eps
-        self._longest = math.sqrt(float(design.square().sum(1).max())) if len(design) else 0.0
+        self._least = spread / self.r * torch.finfo(design.dtype).eps
+        self._longest = math.sqrt(longest)
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
         self.scale_is_bounded = family.variance_bound is not None
         self._set_map(curvature, shared_map)
@@ -135,22 +151,22 @@ class MapProblem:
         self._typical = float((curvature * self._square).sum()) / self.r
         self._relative = self.design.new_ones(self.n_rows)
 
-    def _tile_entries(self) -> int:
-        return _TILE_ENTRIES if self.design.device.type == "cpu" else _TILE_ENTRIES_CUDA
-
     def chunk_rows(self) -> int:
-        """Rows to be worked on at a time; a matter of the shape alone, never of the threads."""
+        """Rows to be worked on at a time; a matter of the shape and device, not of the threads."""
         n, q = self.n_rows, self.q
-        rows = max(1, self._tile_entries() // q)
-        if self.design.device.type == "cpu":
-            rows = min(max(_LEAST_ROWS, rows), _MOST_ROWS)
+        if self.design.device.type != "cpu":
+            # A card has no cache to stay in and no threads to share with, only its memory.
+            return max(1, min(n, self._tile // max(q, self.r**2)))
+        rows = min(max(_LEAST_ROWS, self._tile // q), _MOST_ROWS)
         chunks = -(-n // rows)
-        if n * q > self._tile_entries() // _LEAST_CHUNKS:
+        if n * q > self._tile // _LEAST_CHUNKS:
             chunks = max(chunks, _LEAST_CHUNKS)
         return max(1, -(-n // max(chunks, 1)))
 
     def hessian_rows(self) -> int:
         """Rows whose Hessians are to be held at a time."""
+        if self.design.device.type != "cpu":
+            return self.chunk_rows()
         return max(1, min(self.chunk_rows(), _HESSIAN_ENTRIES // self.r**2))
 
     def chunk(self, start: int, stop: int) -> "MapProblem":
@@ -238,7 +254,7 @@ class MapProblem:
         Through a canonical map the terms are those of the energy, which has T(x) in it.
         """
         expanded = self._predictors(z, rows)
-        width = max(64, min(self.q, self._tile_entries() // max(len(z), 1)))
+        width = max(64, min(self.q, self._tile // max(len(z), 1)))
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)

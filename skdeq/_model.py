@@ -1,6 +1,7 @@
 """The model as the solvers see it: what is given, what is fitted, and its two halves."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ class Setting:
             parts[name] = None if part is None else part.double()
         return replace(self, **parts)
 
-    @property
+    @cached_property
     def total_weight(self) -> float:
         """Sum of the sample weights."""
         if self.sample_weight is None:

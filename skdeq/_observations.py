@@ -1,6 +1,7 @@
 """Observed entries of a data matrix on a device, dense or sparse, with or without gaps."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,6 +24,11 @@ class CompressedRows:
     indices: Tensor
     values: Tensor | None
     shape: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the rows."""
+        return self.indptr.device
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -55,6 +61,30 @@ class CompressedRows:
         )
         transpose.__dict__["T"] = self
         return transpose
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "CompressedRows":
+        """Return the same on a device."""
+        parts = (self.indptr, self.indices, self.values)
+        moved = (
+            None if one is None else one.to(device, non_blocking=non_blocking) for one in parts
+        )
+        return CompressedRows(*moved, self.shape)
+
+    def pin_memory(self) -> "CompressedRows":
+        """Return a copy on the host that a card can fetch while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "CompressedRows":
+        values = None if self.values is None else function(self.values)
+        return CompressedRows(function(self.indptr), function(self.indices), values, self.shape)
+
+    def slice(self, start: int, stop: int) -> "CompressedRows":
+        """Return the rows ``start:stop``, sharing memory."""
+        indptr = self.indptr[start : stop + 1]
+        low, high = indptr[[0, -1]].tolist()
+        values = None if self.values is None else self.values[low:high]
+        shape = (stop - start, self.shape[1])
+        return CompressedRows(indptr - low, self.indices[low:high], values, shape)
 
     def take(self, index: Tensor) -> "CompressedRows":
         """Return some rows, in the order given."""
@@ -117,8 +147,7 @@ class Observations:
     @property
     def device(self) -> torch.device:
         """Device that holds the values."""
-        values = self.values
-        return values.values.device if isinstance(values, CompressedRows) else values.device
+        return self.values.device
 
     @property
     def T(self) -> "Observations":

@@ -14,7 +14,14 @@ from torch import Tensor
 from skdeq._chunks import map_chunks
 from skdeq._observations import CompressedRows, Observations
 
-__all__ = ["SQUARED_NORM", "Preconditioner", "RowBatches", "fit_preconditioner"]
+__all__ = [
+    "SQUARED_NORM",
+    "Preconditioner",
+    "RowBatches",
+    "fetched",
+    "fit_preconditioner",
+    "is_away",
+]
 
 # Mean squared norm of the centred rows. The published learning rates are those of MNIST with
 # pixels in [0, 1], whose rows have a mean squared norm of 88, or 53 once centred.
@@ -81,18 +88,17 @@ def fit_preconditioner(
     chunks = -(-n // size)
     # One array for the sums of all chunks: small ones, allocated between the large temporaries
     # and kept, would keep the allocator from giving the memory of those back.
-    sums = shift.new_empty(2, chunks, p)
+    sums = shift.new_zeros(2, chunks, p)
 
     def work(start: int, stop: int) -> None:
         rows = torch.sub(rows_of(start, stop), shift)
-        first, second = sums[:, start // size]
-        if sample_weight is None:
-            torch.sum(rows, 0, out=first)
-            torch.sum(rows.square_(), 0, out=second)
-        else:
+        weight = rows.new_ones(len(rows))
+        if sample_weight is not None:
             weight = sample_weight[start:stop].double()
-            torch.mv(rows.T, weight, out=first)
-            torch.mv(rows.square_().T, weight, out=second)
+        first = weight @ rows
+        second = weight @ rows.square_()
+        # Nothing is added unless all of it was computed: a chunk may be tried again in halves.
+        sums[:, start // size] += torch.stack([first, second])
 
     map_chunks(work, n, size, shift.device)
     total = float(n) if sample_weight is None else float(sample_weight.double().sum())
@@ -114,11 +120,24 @@ def fit_preconditioner(
     return Preconditioner(location, scale)
 
 
+def is_away(values: Tensor | CompressedRows, device: torch.device) -> bool:
+    """Whether data lie on the host and are worked on elsewhere."""
+    return values.device.type != device.type
+
+
+def fetched(part: Tensor | CompressedRows, device: torch.device) -> Tensor | CompressedRows:
+    """Bring something from the host to a device, without waiting until it is there."""
+    # Torch gives pinned memory out again only when the copy from it is done.
+    pinned = part.pin_memory() if device.type == "cuda" else part
+    return pinned.to(device, non_blocking=True)
+
+
 class RowBatches:
     """Batches of preconditioned rows; the data are never copied or densified as a whole.
 
     A batch is held centred but in the units of the data, next to the constant input; the products
-    with it divide by the scale, which costs nothing there.
+    with it divide by the scale, which costs nothing there. Data that are too large for a card stay
+    on the host, in their own type, and each batch is fetched while the one before is worked on.
 
     Parameters
     ----------
@@ -126,6 +145,13 @@ class RowBatches:
     preconditioner : Preconditioner
     dtype : torch.dtype
         Floating point type to work in.
+    device : torch.device
+        Device of the batches.
+
+    Attributes
+    ----------
+    home : torch.device
+        Where the data lie, and where indices into them are wanted.
     """
 
     def __init__(
@@ -133,12 +159,13 @@ class RowBatches:
         values: Tensor | CompressedRows,
         preconditioner: Preconditioner,
         dtype: torch.dtype,
+        device: torch.device,
     ):
         self.values = values
         self.sparse = isinstance(values, CompressedRows)
         self.n_rows, self.p = values.shape
-        stored = values.values if self.sparse else values
-        self.device = stored.device
+        self.device, self.home = device, values.device
+        self._away = is_away(values, device)
         self._location = preconditioner.location.to(self.device, dtype)
         self._inverse = 1 / preconditioner.scale
         self._constant = preconditioner.constant * preconditioner.scale
@@ -151,7 +178,9 @@ class RowBatches:
         if (m, slot) not in self._buffers:
             batch = torch.empty(m, self.p + 1, dtype=self._dtype, device=self.device)
             batch[:, -1] = self._constant
-            raw = None if self.sparse else self.values.new_empty(m, self.p)
+            raw = None
+            if not (self.sparse or self._away):
+                raw = self.values.new_empty(m, self.p)
             self._buffers[m, slot] = (batch, batch[:, :-1], raw)
         return self._buffers[m, slot]
 
@@ -159,11 +188,17 @@ class RowBatches:
         """Return rows as a batch (m, p + 1), a buffer that the next call for a slot overwrites."""
         batch, rows, raw = self._buffers_for(len(index), slot)
         if self.sparse:
-            self.values.take(index).to_dense(out=rows)
+            some = self.values.take(index)
+            if self._away:
+                some = fetched(some, self.device)
+            some.to_dense(out=rows)
             rows.sub_(self._location)
+            return batch
+        if self._away:
+            raw = fetched(torch.index_select(self.values, 0, index), self.device)
         else:
             torch.index_select(self.values, 0, index, out=raw)
-            torch.sub(raw, self._location, out=rows)
+        torch.sub(raw, self._location, out=rows)
         return batch
 
     def project(self, batch: Tensor, weights: Tensor, out: Tensor) -> None:

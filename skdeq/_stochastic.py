@@ -151,8 +151,9 @@ def make_adam(
         for one, first, second in zip(parameters, state.first, state.second, strict=True):
             optimiser.state[one] = {
                 "step": torch.tensor(float(state.step)),
-                "exp_avg": torch.from_numpy(first).to(one),
-                "exp_avg_sq": torch.from_numpy(second).to(one),
+                # Copies: Adam works in place, and the state may be wanted as it was.
+                "exp_avg": torch.tensor(first).to(one),
+                "exp_avg_sq": torch.tensor(second).to(one),
             }
     return optimiser
 

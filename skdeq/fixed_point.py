@@ -163,14 +163,12 @@ def newton_step(
         Scaled residual at the point given.
     """
     objective, gradient, hessian, residual = problem.derivatives(z, rows)
-    moving = residual > tol
-    if not bool(moving.any()):
+    # The one look at the device that says which rows move, and whether any or all do.
+    index = (residual > tol).nonzero().squeeze(-1)
+    if not len(index):
         return z, objective, residual
-    if not bool(moving.all()):
-        index = moving.nonzero().squeeze(-1)
+    if len(index) < len(z):
         gradient, hessian = gradient[index], hessian[index]
-    else:
-        index = torch.arange(len(z), device=z.device)
     step = solve_newton_system(hessian, gradient)
     at = rows[index]
     pending = ~problem.is_safe(step, at)
@@ -289,9 +287,11 @@ class _Descent:
         self._places = torch.arange(n_rows, device=start.device)
         self.rows = self._places
         self._open = torch.ones(n_rows, dtype=torch.bool, device=start.device)
+        self._n_open = n_rows
         self.z = start.clone()
         self.damping = start.new_ones(n_rows, 1)
         self.gradient = self.failed = None
+        self.any_failed = False
         self._best = start.clone()
         self._size = start.new_full((n_rows,), torch.inf)
         self._residual = self._size.clone()
@@ -313,8 +313,9 @@ class _Descent:
         self._best = torch.where(better.unsqueeze(1), self.z, self._best)
         self._size = torch.where(better, size, self._size)
         self._residual = torch.where(better, residual, self._residual)
-        if bool(self.failed.any()):
-            back = self.failed.nonzero().squeeze(1)
+        back = self.failed.nonzero().squeeze(1)
+        self.any_failed = len(back) > 0
+        if self.any_failed:
             self.damping[back] *= 0.5
             self.z[back] = self._best[back]
             self.gradient[back] = self.problem.bare_gradient(self._best[back], self.rows[back])
@@ -325,13 +326,13 @@ class _Descent:
         A row that is written down may be worked on a little longer, until a fifth are: moving the
         others together costs more than that.
         """
-        done = (self._residual <= self.tol) & self._open
-        if not bool(done.any()):
+        done = ((self._residual <= self.tol) & self._open).nonzero().squeeze(1)
+        if not len(done):
             return None
         self._write(done)
-        self._open &= ~done
-        count = int(self._open.sum())
-        if count > _CROWDED * len(self.rows):
+        self._open[done] = False
+        self._n_open -= len(done)
+        if self._n_open > _CROWDED * len(self.rows):
             return None
         stay = self._open.nonzero().squeeze(1)
         for name in ("_places", "_open", "z", "damping", "gradient", "failed"):
@@ -339,7 +340,7 @@ class _Descent:
         for name in ("_best", "_size", "_residual"):
             setattr(self, name, getattr(self, name)[stay])
         self.problem = self.problem.select(stay)
-        self.rows = torch.arange(count, device=stay.device)
+        self.rows = torch.arange(self._n_open, device=stay.device)
         return stay
 
     def count(self) -> None:
@@ -348,10 +349,11 @@ class _Descent:
 
     def finish(self) -> FixedPointResult:
         """Write down the rest."""
-        self._write(self._open)
+        self._write(self._open.nonzero().squeeze(1))
         return self.result
 
     def _write(self, which: Tensor) -> None:
+        """Write down the rows at work with these indices."""
         places = self._places[which]
         self.result.value[places] = self._best[which]
         self.result.residual[places] = self._residual[which]
@@ -433,7 +435,7 @@ def anderson(
         z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
         state.z = z + step
         if last_z is not None:
-            if bool(state.failed.any()):
+            if state.any_failed:
                 directions[:, state.failed] = 0
                 responses[:, state.failed] = 0
             slot = (iteration - 1) % memory

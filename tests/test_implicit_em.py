@@ -97,7 +97,7 @@ def test_preconditioned_rows_have_the_documented_norm():
     np.testing.assert_allclose(np.square(inputs).sum(1).mean(), 100, rtol=1e-10)
     weights = torch.randn(4, 65, dtype=torch.float64)
     components, bias = preconditioner.fold(weights)
-    batches = RowBatches(torch.from_numpy(X), preconditioner, torch.float64)
+    batches = RowBatches(torch.from_numpy(X), preconditioner, torch.float64, torch.device("cpu"))
     out = torch.empty(len(X), 4, dtype=torch.float64)
     batches.project(batches.gather(torch.arange(len(X))), weights, out)
     np.testing.assert_allclose(X @ components.numpy().T + bias.numpy(), out, atol=1e-9)

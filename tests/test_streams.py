@@ -1,0 +1,216 @@
+"""Streams: what partial_fit promises of every estimator."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import sample
+
+from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
+
+N_BATCHES, ROWS = 6, 40
+
+
+def batches(dtype=np.float64):
+    X = sample("poisson", n=N_BATCHES * ROWS, p=8).astype(dtype)
+    y = (X[:, 0] > np.median(X[:, 0])).astype(int)
+    return list(zip(X.reshape(N_BATCHES, ROWS, 8), y.reshape(N_BATCHES, ROWS), strict=True))
+
+
+def backbone(**options):
+    return ExpFamilyDEQ(2, family="poisson", random_state=0, **options)
+
+
+def encoder(**options):
+    return ImplicitEMEncoder(6, batch_size=16, random_state=0, **options)
+
+
+ESTIMATORS = {
+    "ExpFamilyDEQ": backbone,
+    "ExpFamilyDEQ with exposure": lambda: backbone(exposure="total"),
+    "encoder, sgd": encoder,
+    "encoder, momentum": lambda: encoder(momentum=0.9),
+    "encoder, adam": lambda: encoder(solver="adam", learning_rate=1e-3),
+    "classifier": lambda: DEQClassifier(backbone(), batch_size=16, random_state=0),
+    "regressor": lambda: DEQRegressor(backbone(), batch_size=16, random_state=0),
+    "classifier, frozen": lambda: DEQClassifier(backbone(), fine_tune=False, random_state=0),
+}
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+own_estimators = pytest.mark.parametrize("name", ["ExpFamilyDEQ", "encoder, adam", "classifier"])
+
+
+def state(value):
+    """All that an object is made of, in a form that compares bit for bit."""
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return {key: state(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [state(one) for one in value]
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, state(vars(value))
+    return value
+
+
+def learn(estimator, batch):
+    """Learn a batch; a classifier is told all the classes of the stream."""
+    options = {"classes": [0, 1]} if isinstance(estimator, DEQClassifier) else {}
+    return estimator.partial_fit(*batch, **options)
+
+
+@every_estimator
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_killed_and_resumed_after_every_batch_bit_for_bit(name, dtype):
+    through, resumed = ESTIMATORS[name](), ESTIMATORS[name]()
+    for batch in batches(dtype):
+        learn(through, batch)
+        # As another process would find it.
+        resumed = pickle.loads(pickle.dumps(learn(resumed, batch)))
+        assert state(resumed) == state(through)
+
+
+@every_estimator
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda X: X[:, :5], "X has 5 features, but .* is expecting 8 features as input"),
+        (lambda X: X.astype(np.float32), "computed with in float32, .* before is float64"),
+        (lambda X: np.where(X == X.max(), np.inf, X), "contains infinity: row"),
+        (lambda X: X[:0], r"0 sample\(s\)"),
+        (lambda X: X.astype(complex) + 1j, "Complex data not supported"),
+    ],
+    ids=["width", "type", "infinity", "empty", "complex"],
+)
+def test_a_bad_batch_is_named_and_changes_nothing(name, spoil, message):
+    stream = batches()
+    estimator = ESTIMATORS[name]()
+    for batch in stream[:3]:
+        learn(estimator, batch)
+    before = state(estimator)
+    X, y = stream[3]
+    with pytest.raises(ValueError, match=f"{message}(.|\n)* batch 4 of this stream"):
+        learn(estimator, (spoil(X), y[: len(spoil(X))]))
+    assert state(estimator) == before
+    # The stream goes on as if the batch had never been there.
+    expected = ESTIMATORS[name]()
+    for batch in [*stream[:3], *stream[4:]]:
+        learn(expected, batch)
+    for batch in stream[4:]:
+        learn(estimator, batch)
+    assert state(estimator) == state(expected)
+
+
+@pytest.mark.parametrize("name", ["ExpFamilyDEQ", "classifier", "regressor"])
+def test_values_outside_the_support_are_named_with_the_batch(name):
+    stream = batches()
+    estimator = ESTIMATORS[name]()
+    for batch in stream[:2]:
+        learn(estimator, batch)
+    before = state(estimator)
+    bad = stream[2][0].copy()
+    bad[7, 3] = -1
+    with pytest.raises(ValueError, match="row 7, column 3 of X is -1.*batch 3 of this stream"):
+        learn(estimator, (bad, stream[2][1]))
+    assert state(estimator) == before
+
+
+@every_estimator
+def test_a_first_batch_that_is_bad_leaves_nothing_behind(name):
+    X, y = batches()[0]
+    estimator = ESTIMATORS[name]()
+    before = set(vars(estimator))
+    with pytest.raises(ValueError, match="infinity.*batch 1 of this stream"):
+        learn(estimator, (np.where(X == X.max(), np.inf, X), y))
+    assert set(vars(estimator)) == before
+
+
+@pytest.mark.parametrize("name", ["ExpFamilyDEQ", "classifier", "regressor"])
+def test_a_first_batch_of_too_few_rows(name):
+    X, y = batches()[0]
+    estimator = ESTIMATORS[name]()
+    inner = estimator if name == "ExpFamilyDEQ" else estimator.backbone
+    inner.set_params(n_components=5)
+    before = set(vars(estimator))
+    message = r"n_components=5 is more than min\(n_samples, n_features\)=4.*batch 1 of this stream"
+    first = np.r_[y.argmin(), y.argmax(), 5:7]
+    with pytest.raises(ValueError, match=message):
+        learn(estimator, (X[first], y[first]))
+    assert set(vars(estimator)) == before
+    # Later batches may be of any size.
+    learn(estimator, (X, y))
+    learn(estimator, (X[:1], y[:1]))
+
+
+@own_estimators
+def test_fit_begins_the_count_anew(name):
+    stream = batches()
+    estimator = ESTIMATORS[name]()
+    for batch in stream[:2]:
+        learn(estimator, batch)
+    estimator.fit(*stream[2])
+    with pytest.raises(ValueError, match="batch 1 of this stream"):
+        learn(estimator, (stream[3][0][:, :5], stream[3][1]))
+
+
+@every_estimator
+def test_failure_after_the_step_leaves_the_optimiser_as_it_was(name, monkeypatch):
+    stream = batches()
+    estimator = ESTIMATORS[name]()
+    for batch in stream[:3]:
+        learn(estimator, batch)
+    before = state(estimator)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimator, "_store", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        learn(estimator, stream[3])
+    monkeypatch.undo()
+    assert state(estimator) == before
+
+
+@every_estimator
+def test_a_stream_in_a_shallow_copy_leaves_the_original_alone(name):
+    stream = batches()
+    estimator = ESTIMATORS[name]()
+    for batch in stream[:3]:
+        learn(estimator, batch)
+    before = state(estimator)
+    learn(copy.copy(estimator), stream[3])
+    assert state(estimator) == before
+
+
+@every_estimator
+@pytest.mark.parametrize("source", ["memmap", "generator", "tensors", "sparse"])
+def test_batches_of_any_source(name, source, tmp_path):
+    stream = batches()
+    expected = ESTIMATORS[name]()
+    for batch in stream:
+        learn(expected, batch)
+    if source == "memmap":
+        file = tmp_path / "X.npy"
+        np.save(file, np.concatenate([X for X, _ in stream]))
+        X = np.load(file, mmap_mode="r")
+        assert isinstance(X, np.memmap)
+        given = [(X[i * ROWS : (i + 1) * ROWS], y) for i, (_, y) in enumerate(stream)]
+    elif source == "generator":
+        given = (batch for batch in stream)
+    elif source == "tensors":
+        given = [(torch.from_numpy(X), torch.from_numpy(y)) for X, y in stream]
+    else:
+        given = [(sp.csr_array(X), y) for X, y in stream]
+    estimator = ESTIMATORS[name]()
+    for batch in given:
+        learn(estimator, batch)
+    for attribute, value in vars(expected).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            actual = getattr(estimator, attribute)
+            if source == "sparse":
+                # Sums in another order.
+                np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-7)
+            else:
+                assert actual.tobytes() == value.tobytes(), attribute
