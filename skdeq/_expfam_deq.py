@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ from skdeq.families import (
     get_family,
 )
 from skdeq.fixed_point import SOLVERS
-from skdeq.nn import EquilibriumLayer
+
+if TYPE_CHECKING:
+    from skdeq.nn import EquilibriumLayer
 
 __all__ = ["ExpFamilyDEQ"]
 
@@ -495,7 +498,7 @@ class ExpFamilyDEQ(
         self._family()
         return describe(get_family(self.family), get_canonical_map(self.canonical_map))
 
-    def to_module(self):
+    def to_module(self) -> "EquilibriumLayer":
         """Return the fitted equilibrium layer as a torch module, to be trained further.
 
         Called on rows of a tensor it returns what `transform` returns, with gradients.
@@ -506,6 +509,9 @@ class ExpFamilyDEQ(
             In float64 or float32 as the model was fitted, on the CPU.
         """
         check_is_fitted(self)
+        # Here and not above: it imports torch's compiler, which takes as long as all the rest.
+        from skdeq.nn import EquilibriumLayer
+
         p, *_, k = self._layer_sizes()
         # What a new layer draws is thrown away, and must not move torch's global generator.
         with torch.random.fork_rng(devices=[]):
