@@ -172,8 +172,8 @@ class ExpFamilyDEQ(
 
     verbose : int, default=0
         1 prints a line for each iteration: the objective, the largest residual of a row's latents
-        and the share of rows within `fixed_point_tol` (where the iteration makes them known), and
-        the time to `max_iter`. For progress bars see :ref:`progress`.
+        and the share of rows that are solved (where the iteration makes them known), and the time
+        to `max_iter`. For progress bars see :ref:`progress`.
 
     Attributes
     ----------
