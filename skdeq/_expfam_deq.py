@@ -576,7 +576,6 @@ class ExpFamilyDEQ(
             X,
             y,
             sample_weight,
-            unit="epoch" if self.solver == "adam" else "iteration",
             most=0 if stream else int(self.max_iter),
             row_tol=float(self.fixed_point_tol),
         )

@@ -34,7 +34,7 @@ MAKE = {
         20, family="bernoulli", random_state=0, max_iter=6, **options
     ),
     "deep": lambda **options: ExpFamilyDEQ(
-        2, hidden_layer_sizes=(4,), solver="adam", random_state=0, max_iter=6, **options
+        2, hidden_layer_sizes=(4,), random_state=0, max_iter=6, **options
     ),
     "adam": lambda **options: ExpFamilyDEQ(
         2, solver="adam", random_state=0, max_iter=6, **options
