@@ -101,7 +101,7 @@ class _Logistic(Family):
         self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
     ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one sigmoid in place."""
-        a = eta.clamp(min=0) if log_partition else None
+        a: Tensor | Any = eta.clamp(min=0) if log_partition else None
         mean = eta.sigmoid_()
         if log_partition:
             # softplus(eta) = max(eta, 0) - log sigmoid(|eta|): a third of the time of softplus.

@@ -115,6 +115,8 @@ class Family(_EqualByParameters, ABC):
     log_partition_formula = "A({eta})"
     mean_formula = "A'({eta})"
     widths: tuple[float, ...] = ()
+    # Of a family that is seen through a map.
+    canonical_map: "CanonicalMap"
 
     @property
     def base(self) -> "Family":
@@ -124,6 +126,10 @@ class Family(_EqualByParameters, ABC):
     @property
     def exact(self) -> "Family":
         """The law itself: this one."""
+        return self
+
+    def smoothed(self, width: float) -> "Family":
+        """Return the family through the map rounded off over a width: this one has no kinks."""
         return self
 
     def canonical(self, zeta: Tensor) -> Tensor:
@@ -211,8 +217,8 @@ class Family(_EqualByParameters, ABC):
         Returns
         -------
         log_partition, variance : Tensor or None
-            None unless asked for. As the methods of those names, but accurate to rounding in absolute terms only: the
-            relative accuracy may be lost where they are close to 0.
+            None unless asked for. As the methods of those names, but accurate to rounding in
+            absolute terms only: the relative accuracy may be lost where they are close to 0.
         mean : Tensor
             As the method of that name, with the same reservation.
         """
