@@ -69,7 +69,9 @@ def describe(family: Family, canonical_map: CanonicalMap) -> Architecture:
 
 def correspondence_table() -> str:
     """Return every family with the identity, and the Gaussian with every other map, as reST."""
-    pairs = [(family(), Identity()) for family in FAMILIES.values()]
+    pairs: list[tuple[Family, CanonicalMap]] = [
+        (family(), Identity()) for family in FAMILIES.values()
+    ]
     gaussian = FAMILIES["gaussian"]()
     pairs += [(gaussian, law()) for name, law in CANONICAL_MAPS.items() if name != "identity"]
     lines = [

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from ._family import CanonicalMap, Family
 from ._interval import Interval
@@ -28,19 +29,19 @@ class Identity(CanonicalMap):
 
     formula, derivative_formula = "zeta", "1"
 
-    def value(self, zeta):
+    def value(self, zeta: Tensor) -> Tensor:
         """Return `zeta` itself."""
         return zeta
 
-    def derivative(self, zeta):
+    def derivative(self, zeta: Tensor) -> Tensor:
         """Return ones."""
         return torch.ones_like(zeta)
 
-    def second_derivative(self, zeta):
+    def second_derivative(self, zeta: Tensor) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(zeta)
 
-    def inverse(self, eta):
+    def inverse(self, eta: Tensor) -> Tensor:
         """Return `eta` itself."""
         return eta
 
@@ -71,23 +72,23 @@ class ReLU(CanonicalMap):
     formula = "max(zeta, 0)"
     formula = "max(zeta, 0)"
 
-    def __init__(self, mask="latents"):
+    def __init__(self, mask: str = "latents") -> None:
         if mask not in self.masks:
             raise ValueError(f"mask must be one of {self.masks}; got {mask!r}.")
         self.mask = mask
         self._width = 0.0
 
     @property
-    def widths(self):
+    def widths(self) -> tuple[float, ...]:  # type: ignore[override]
         """Widths of the smoothing; the other masks have energies without kinks."""
         return _WIDTHS if self.mask == "latents" else ()
 
     @property
-    def derivative_formula(self):
+    def derivative_formula(self) -> str:  # type: ignore[override]
         """The mask as text."""
         return {"latents": "1[zeta > 0]", "inputs": "1[T(x) > 0]", "off": "1"}[self.mask]
 
-    def smoothed(self, width):
+    def smoothed(self, width: float) -> "ReLU":
         """Return the map with the kink rounded off over ``[0, width]`` by a parabola.
 
         A minimum of the log joint may lie on a kink, where the mask has no value that would make
@@ -97,7 +98,7 @@ class ReLU(CanonicalMap):
         result._width = width
         return result
 
-    def value(self, zeta):
+    def value(self, zeta: Tensor) -> Tensor:
         """Return the positive part."""
         width = self._width
         if width == 0:
@@ -105,23 +106,25 @@ class ReLU(CanonicalMap):
         ramp = zeta.clamp(0, width)
         return ramp.square() / (2 * width) + (zeta - ramp).clamp_min(0)
 
-    def derivative(self, zeta):
+    def derivative(self, zeta: Tensor) -> Tensor:
         """Return 1 where `zeta` is positive, else 0."""
         if self._width == 0:
             return (zeta > 0).to(zeta.dtype)
         return (zeta / self._width).clamp(0, 1)
 
-    def second_derivative(self, zeta):
+    def second_derivative(self, zeta: Tensor) -> Tensor:
         """Return zeros, as it is everywhere but at the kink."""
         if self._width == 0:
             return torch.zeros_like(zeta)
         return ((zeta > 0) & (zeta < self._width)).to(zeta.dtype) / self._width
 
-    def inverse(self, eta):
+    def inverse(self, eta: Tensor) -> Tensor:
         """Return `eta`, kept a little above 0, where there is a gradient."""
         return eta.clamp_min(_LEAST_RELU_START)
 
-    def energy(self, family, zeta, statistic, *, observed=False):
+    def energy(
+        self, family: Family, zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the terms of the energy whose stationary point the layer's fixed point is."""
         if self.mask == "latents":
             return super().energy(family, zeta, statistic, observed=observed)
@@ -137,7 +140,7 @@ class ReLU(CanonicalMap):
         return loss, slope, weight
 
     @property
-    def exact(self):
+    def exact(self) -> "ReLU":
         """The same map with the mask of the model."""
         return ReLU()
 
@@ -156,19 +159,19 @@ class Softplus(CanonicalMap):
     range = Interval(0, math.inf, False, False)
     formula, derivative_formula = "log(1 + exp(zeta))", "sigmoid(zeta)"
 
-    def value(self, zeta):
+    def value(self, zeta: Tensor) -> Tensor:
         """Return ``log(1 + exp(zeta))``."""
         return torch.logaddexp(zeta, torch.zeros_like(zeta))
 
-    def derivative(self, zeta):
+    def derivative(self, zeta: Tensor) -> Tensor:
         """Return the logistic function."""
         return torch.sigmoid(zeta)
 
-    def second_derivative(self, zeta):
+    def second_derivative(self, zeta: Tensor) -> Tensor:
         """Return the derivative of the logistic function."""
         return torch.sigmoid(zeta) * torch.sigmoid(-zeta)
 
-    def inverse(self, eta):
+    def inverse(self, eta: Tensor) -> Tensor:
         """Return ``log(exp(eta) - 1)``, for `eta` outside the range a value near its end."""
         least = math.log1p(math.exp(-_NEAR_THE_END))
         eta = eta.clamp_min(least)
@@ -189,19 +192,19 @@ class Tanh(CanonicalMap):
     range = Interval(-1, 1, False, False)
     formula, derivative_formula = "tanh(zeta)", "1 - tanh(zeta)^2"
 
-    def value(self, zeta):
+    def value(self, zeta: Tensor) -> Tensor:
         """Return ``tanh(zeta)``."""
         return torch.tanh(zeta)
 
-    def derivative(self, zeta):
+    def derivative(self, zeta: Tensor) -> Tensor:
         """Return ``1 - tanh(zeta)^2``."""
         return 1 / torch.cosh(zeta).square()
 
-    def second_derivative(self, zeta):
+    def second_derivative(self, zeta: Tensor) -> Tensor:
         """Return ``-2 tanh(zeta) (1 - tanh(zeta)^2)``."""
         return -2 * torch.tanh(zeta) * self.derivative(zeta)
 
-    def inverse(self, eta):
+    def inverse(self, eta: Tensor) -> Tensor:
         """Return ``atanh(eta)``, for `eta` outside the range a value near its end."""
         most = math.tanh(_NEAR_THE_END / 2)
         return torch.atanh(eta.clamp(-most, most))
@@ -244,7 +247,7 @@ class MappedFamily(Family):
         return self._base
 
     @property
-    def widths(self) -> tuple[float, ...]:
+    def widths(self) -> tuple[float, ...]:  # type: ignore[override]
         """Smoothing of the map: first that of a fit, then those on the way to exact latents."""
         return self.canonical_map.widths
 
@@ -257,39 +260,41 @@ class MappedFamily(Family):
         """The law itself, whatever the layer's mask."""
         return MappedFamily(self._base, self.canonical_map.exact)
 
-    def canonical(self, zeta):
+    def canonical(self, zeta: Tensor) -> Tensor:
         """Return R(zeta)."""
         return self.canonical_map.value(zeta)
 
-    def sufficient(self, x):
+    def sufficient(self, x: Tensor) -> Tensor:
         """Return T(x)."""
         return self._base.sufficient(x)
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return log h(x)."""
         return self._base.log_base(x)
 
-    def log_partition(self, zeta):
+    def log_partition(self, zeta: Tensor) -> Tensor:
         """Return A(R(zeta))."""
         return self._base.log_partition(self.canonical(zeta))
 
-    def mean(self, zeta):
+    def mean(self, zeta: Tensor) -> Tensor:
         """Return the mean of T(x)."""
         return self._base.mean(self.canonical(zeta))
 
-    def variance(self, zeta):
+    def variance(self, zeta: Tensor) -> Tensor:
         """Return the expected curvature in zeta."""
         slope = self.canonical_map.derivative(zeta)
         return slope.square() * self._base.variance(self.canonical(zeta))
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return a zeta whose mean is `mu`, or near it where no mean is."""
         return self.canonical_map.inverse(self._base.link(mu))
 
-    def energy(self, zeta, statistic, *, observed=False):
+    def energy(
+        self, zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, slope and curvature of each entry in zeta."""
         return self.canonical_map.energy(self._base, zeta, statistic, observed=observed)
 
-    def slope_(self, zeta, statistic):
+    def slope_(self, zeta: Tensor, statistic: Tensor) -> Tensor:
         """Return the slope of `energy`."""
         return self.energy(zeta, statistic)[1]

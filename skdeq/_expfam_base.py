@@ -4,6 +4,7 @@ import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -55,7 +56,9 @@ from skdeq._validation import check_observations, check_stream_type, check_weigh
 from skdeq.families import Family, get_canonical_map
 from skdeq.families import get_family as _get_family
 from skdeq.fixed_point import FixedPointResult
-from skdeq.nn import EquilibriumLayer
+
+if TYPE_CHECKING:
+    from skdeq.nn import EquilibriumLayer
 
 __all__ = ["LatentVariableEstimator"]
 
@@ -298,7 +301,7 @@ class LatentVariableEstimator(BaseEstimator):
 
     def _replace_parameters(
         self,
-        layer: EquilibriumLayer,
+        layer: "EquilibriumLayer",
         latents: np.ndarray,
         sample_weight: np.ndarray | None,
     ) -> None:

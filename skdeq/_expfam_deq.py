@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ from skdeq.families import (
     get_family,
 )
 from skdeq.fixed_point import SOLVERS
-from skdeq.nn import EquilibriumLayer, tie_to_kernels
+
+if TYPE_CHECKING:
+    from skdeq.nn import EquilibriumLayer
 
 __all__ = ["ExpFamilyDEQ"]
 
@@ -185,8 +188,8 @@ class ExpFamilyDEQ(
 
     verbose : int, default=0
         1 prints a line for each iteration: the objective, the largest residual of a row's latents
-        and the share of rows within `fixed_point_tol` (where the iteration makes them known), and
-        the time to `max_iter`. For progress bars see :ref:`progress`.
+        and the share of rows that are solved (where the iteration makes them known), and the time
+        to `max_iter`. For progress bars see :ref:`progress`.
 
     Attributes
     ----------
@@ -526,7 +529,7 @@ class ExpFamilyDEQ(
         self._family()
         return describe(get_family(self.family), get_canonical_map(self.canonical_map))
 
-    def to_module(self):
+    def to_module(self) -> "EquilibriumLayer":
         """Return the fitted equilibrium layer as a torch module, to be trained further.
 
         Called on rows of a tensor it returns what `transform` returns, with gradients.
@@ -537,6 +540,9 @@ class ExpFamilyDEQ(
             In float64 or float32 as the model was fitted, on the CPU.
         """
         check_is_fitted(self)
+        # Here and not above: it imports torch's compiler, which takes as long as all the rest.
+        from skdeq.nn import EquilibriumLayer, tie_to_kernels
+
         p, *_, k = self._layer_sizes()
         # What a new layer draws is thrown away, and must not move torch's global generator.
         with torch.random.fork_rng(devices=[]):
@@ -604,7 +610,6 @@ class ExpFamilyDEQ(
             X,
             y,
             sample_weight,
-            unit="epoch" if self.solver == "adam" else "iteration",
             most=0 if stream else int(self.max_iter),
             row_tol=float(self.fixed_point_tol),
         )

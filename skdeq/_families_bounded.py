@@ -3,6 +3,7 @@
 import math
 import numbers
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,27 +42,29 @@ class Gaussian(Family):
     variance_bound = 1.0
     self_concordance = 0.0
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``eta^2 / 2``."""
         return eta.square() / 2
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return a copy of eta."""
         return eta.clone()
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ones."""
         return torch.ones_like(eta)
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return a copy of `mu`."""
         return mu.clone()
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return ``-x^2 / 2 - log(2 pi) / 2``."""
         return -x.square() / 2 - math.log(2 * math.pi) / 2
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance; the mean is `eta` itself."""
         return (
             self.log_partition(eta) if log_partition else None,
@@ -77,26 +80,28 @@ class _Logistic(Family):
     # The third cumulant is variance * (1 - 2 sigmoid(eta)), whatever n_trials.
     self_concordance = 1.0
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``n log(1 + exp(eta))``."""
         return self.n_trials * _softplus(eta)
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``n sigmoid(eta)``."""
         return self.n_trials * torch.sigmoid(eta)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``n sigmoid(eta) sigmoid(-eta)``."""
         # sigmoid(eta) * (1 - sigmoid(eta)) would be 0 from eta = 37 on.
         return self.n_trials * torch.sigmoid(eta) * torch.sigmoid(-eta)
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return the log-odds of ``mu / n``."""
         return torch.logit(mu / self.n_trials)
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one sigmoid in place."""
-        a = eta.clamp(min=0) if log_partition else None
+        a: Tensor | Any = eta.clamp(min=0) if log_partition else None
         mean = eta.sigmoid_()
         if log_partition:
             # softplus(eta) = max(eta, 0) - log sigmoid(|eta|): a third of the time of softplus.
@@ -107,7 +112,7 @@ class _Logistic(Family):
         v = torch.addcmul(mean, mean, mean, value=-1 / self.n_trials) if variance else None
         return a, mean, v
 
-    def summed_statistics_(self, eta):
+    def summed_statistics_(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Sum A over each row with one logarithm for every sixteen entries.
 
         ``sum log(1 + exp(-|eta|)) = -log prod sigmoid(|eta|)``, and sixteen factors of at least
@@ -155,7 +160,7 @@ class Bernoulli(_Logistic):
     accepts = "0, 1 or fractions between them"
     variance_bound = 0.25
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(x)
 
@@ -186,7 +191,7 @@ class Binomial(_Logistic):
     log_partition_formula = "N log(1 + exp({eta}))"
     mean_formula = "N sigmoid({eta})"
 
-    def __init__(self, n_trials=10):
+    def __init__(self, n_trials: int = 10) -> None:
         if not isinstance(n_trials, numbers.Integral) or isinstance(n_trials, bool):
             raise TypeError(f"Binomial needs an integer as n_trials; got {n_trials!r}.")
         if n_trials < 1:
@@ -194,21 +199,21 @@ class Binomial(_Logistic):
         self.n_trials = int(n_trials)
 
     @property
-    def support(self):
+    def support(self) -> Interval:  # type: ignore[override]
         """From no success to nothing but successes."""
         return Interval(0, self.n_trials, True, True)
 
     @property
-    def accepts(self):
+    def accepts(self) -> str:  # type: ignore[override]
         """The support in words."""
         return f"numbers of successes from 0 to n_trials={self.n_trials}"
 
     @property
-    def variance_bound(self):
+    def variance_bound(self) -> float:  # type: ignore[override]
         """The variance at even odds."""
         return self.n_trials / 4
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return the logarithm of the binomial coefficient."""
         return log_multiplicity(x + 1, self.n_trials - x + 1)
 
@@ -217,7 +222,8 @@ def _bernoulli_number_ratios(count: int) -> list[float]:
     """Return B_2n / (2n)! for n = 1 to `count`, from ``x / (exp(x) - 1) = sum B_k x^k / k!``."""
     ratios = [Fraction(1)]
     for n in range(1, 2 * count + 1):
-        ratios.append(-sum(ratio / math.factorial(n + 1 - k) for k, ratio in enumerate(ratios)))
+        terms = (ratio / math.factorial(n + 1 - k) for k, ratio in enumerate(ratios))
+        ratios.append(-sum(terms, Fraction(0)))
     return [float(ratio) for ratio in ratios[2::2]]
 
 
@@ -274,11 +280,11 @@ class ContinuousBernoulli(Family):
     # at arguments clamped to where it is finite, lest autograd multiply 0 by inf.
 
     @staticmethod
-    def _far(eta):
+    def _far(eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = eta.abs().clamp(1, torch.finfo(eta.dtype).max)
         return size, torch.exp(-size), -torch.expm1(-size)
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``log((exp(eta) - 1) / eta)``."""
         near = eta.clamp(-1, 1)
         square = near * near
@@ -288,7 +294,7 @@ class ContinuousBernoulli(Family):
             eta.abs() < 1, series, eta.clamp(min=0) + torch.log(complement) - torch.log(size)
         )
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``1 / (1 - exp(-eta)) - 1 / eta``."""
         near = eta.clamp(-1, 1)
         series = 0.5 + near * _power_series(_MEAN_SERIES, near * near)
@@ -296,14 +302,16 @@ class ContinuousBernoulli(Family):
         far = torch.where(eta > 0, 1 / complement - 1 / size, 1 / size - tail / complement)
         return torch.where(eta.abs() < 1, series, far)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``1 / eta^2 - 1 / (4 sinh(eta / 2)^2)``."""
         series = _power_series(_VARIANCE_SERIES, eta.clamp(-1, 1).square())
         size, tail, complement = self._far(eta)
         far = (1 / size).square() - tail / complement.square()
         return torch.where(eta.abs() < 1, series, far)
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one expm1 and one series."""
         # In absolute accuracy only mean - 1/2 needs a series near 0. From a clamped size all else
         # has its limit there, and at infinity no inf - inf.
@@ -321,7 +329,7 @@ class ContinuousBernoulli(Family):
             v = inverse.mul_(2).add_(offset).mul_(offset).neg_().add_(0.25).clamp_(min=0)
         return a, torch.copysign(offset, eta, out=eta).add_(0.5), v
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(x)
 
@@ -351,29 +359,31 @@ class Rademacher(Family):
     variance_bound = 1.0
     self_concordance = 2.0
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``log(2 cosh(eta))``."""
         # Not by |eta|, whose second derivative autograd takes to be 0 at 0. The clamp leaves inf,
         # not inf - inf, where eta has overflowed.
         return _softplus(2 * eta) - eta.clamp(max=torch.finfo(eta.dtype).max)
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``tanh(eta)``."""
         return torch.tanh(eta)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``1 - tanh(eta)^2``."""
         return 4 * torch.sigmoid(2 * eta) * torch.sigmoid(-2 * eta)
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return ``atanh(mu)``."""
         return torch.atanh(mu)
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(x)
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one tanh in place."""
         a = torch.logaddexp(eta, -eta) if log_partition else None
         mean = eta.tanh_()

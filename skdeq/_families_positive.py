@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +14,15 @@ from ._interval import Interval
 _NEGATIVE = Interval(-math.inf, 0, False, False)
 
 
-def _positive_number(owner: str, name: str, value) -> float:
+def _positive_number(owner: str, name: str, value: object) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{owner} needs a number as {name}; got {value!r}.")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{owner} needs a finite {name} > 0; got {value!r}.")
     return float(value)
 
 
-def _below_zero(function, eta: Tensor) -> Tensor:
+def _below_zero(function: Callable[[Tensor], Tensor], eta: Tensor) -> Tensor:
     """Evaluate `function` where eta < 0 and return +inf elsewhere."""
     # The inner `where` keeps autograd from meeting 0 * inf in the branch that is not taken.
     inside = eta < 0
@@ -76,27 +78,29 @@ class Poisson(Family):
     scales_with_exposure = True
     self_concordance = 1.0
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``exp(eta)``."""
         return torch.exp(eta)
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``exp(eta)``."""
         return torch.exp(eta)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``exp(eta)``."""
         return torch.exp(eta)
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return ``log(mu)``."""
         return torch.log(mu)
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return ``-lgamma(x + 1)``."""
         return -torch.lgamma(x + 1)
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance: all three are one tensor, in the memory of `eta`."""
         mean = eta.exp_()
         return mean if log_partition else None, mean, mean if variance else None
@@ -132,13 +136,13 @@ class NegativeBinomial(Family):
     accepts = "counts or other non-negative numbers"
     domain = _NEGATIVE
 
-    def __init__(self, dispersion=1.0):
+    def __init__(self, dispersion: float = 1.0) -> None:
         self.dispersion = _positive_number("NegativeBinomial", "dispersion", dispersion)
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``-r log(1 - exp(eta))``, +inf for eta >= 0."""
 
-        def inside(eta):
+        def inside(eta: Tensor) -> Tensor:
             # Below -log 2 the digits of exp(eta) survive in log1p, above it those of expm1.
             split = -math.log(2)
             near = torch.log(-torch.expm1(eta.clamp(min=split)))
@@ -147,25 +151,27 @@ class NegativeBinomial(Family):
 
         return _below_zero(inside, eta)
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``r exp(eta) / (1 - exp(eta))``, +inf for eta >= 0."""
         return _below_zero(lambda t: torch.exp(t) / -torch.expm1(t) / self.dispersion, eta)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``r exp(eta) / (1 - exp(eta))^2``, +inf for eta >= 0."""
         return _below_zero(
             lambda t: torch.exp(t) / torch.expm1(t) / torch.expm1(t) / self.dispersion, eta
         )
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return ``log(mu / (mu + r))``."""
         return -torch.log1p(1 / (self.dispersion * mu))
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return ``lgamma(x + r) - lgamma(r) - lgamma(x + 1)``."""
         return log_multiplicity(x + 1, torch.full_like(x, 1 / self.dispersion))
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one expm1 in place."""
         # Clamped to 0, an eta outside the domain gives the +inf of all three by itself.
         complement = eta.clamp_(max=0).expm1_().abs_()
@@ -204,32 +210,34 @@ class Gamma(Family):
     accepts = "positive numbers"
     domain = _NEGATIVE
 
-    def __init__(self, shape=1.0):
+    def __init__(self, shape: float = 1.0) -> None:
         self.shape = _positive_number("Gamma", "shape", shape)
 
-    def log_partition(self, eta):
+    def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``-shape log(-eta)``, +inf for eta >= 0."""
         # Held to the largest float, eta = -inf gives no -inf that a minimiser would run after.
         largest = torch.finfo(eta.dtype).max
         return _below_zero(lambda t: -self.shape * torch.log((-t).clamp(max=largest)), eta)
 
-    def mean(self, eta):
+    def mean(self, eta: Tensor) -> Tensor:
         """Return ``-shape / eta``, +inf for eta >= 0."""
         return _below_zero(lambda t: -self.shape / t, eta)
 
-    def variance(self, eta):
+    def variance(self, eta: Tensor) -> Tensor:
         """Return ``shape / eta^2``, +inf for eta >= 0."""
         return _below_zero(lambda t: self.shape / t / t, eta)
 
-    def link(self, mu):
+    def link(self, mu: Tensor) -> Tensor:
         """Return ``-shape / mu``."""
         return -self.shape / mu
 
-    def log_base(self, x):
+    def log_base(self, x: Tensor) -> Tensor:
         """Return ``(shape - 1) log x - lgamma(shape)``."""
         return torch.xlogy(self.shape - 1, x) - math.lgamma(self.shape)
 
-    def statistics_(self, eta, *, log_partition=False, variance=False):
+    def statistics_(
+        self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one reciprocal in place."""
         rate = eta.clamp_(min=torch.finfo(eta.dtype).min, max=0).abs_()
         a = rate.log().mul_(-self.shape) if log_partition else None

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class _EqualByParameters:
         written = ", ".join(f"{name}={v!r}" for name, v in self._parameters())
         return f"{type(self).__name__}({written})"
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
         return self._parameters() == other._parameters()
@@ -83,19 +84,19 @@ class Family(_EqualByParameters, ABC):
     ...     support = Interval(1, float("inf"), True, False)
     ...     accepts = "counts from 1 upwards"
     ...
-    ...     def log_partition(self, eta):
+    ...     def log_partition(self, eta: Tensor) -> Tensor:
     ...         rate = eta.exp()
     ...         return rate + torch.log(-torch.expm1(-rate))
     ...
-    ...     def mean(self, eta):
+    ...     def mean(self, eta: Tensor) -> Tensor:
     ...         rate = eta.exp()
     ...         return rate / -torch.expm1(-rate)
     ...
-    ...     def variance(self, eta):
+    ...     def variance(self, eta: Tensor) -> Tensor:
     ...         mean = self.mean(eta)
     ...         return mean * (1 + eta.exp() - mean)
     ...
-    ...     def log_base(self, x):
+    ...     def log_base(self, x: Tensor) -> Tensor:
     ...         return -torch.lgamma(x + 1)
     >>> family = ZeroTruncatedPoisson()
     >>> family.link(family.mean(torch.tensor([-1.0, 0.5, 3.0])))
@@ -114,6 +115,8 @@ class Family(_EqualByParameters, ABC):
     log_partition_formula = "A({eta})"
     mean_formula = "A'({eta})"
     widths: tuple[float, ...] = ()
+    # Of a family that is seen through a map.
+    canonical_map: "CanonicalMap"
 
     @property
     def base(self) -> "Family":
@@ -123,6 +126,10 @@ class Family(_EqualByParameters, ABC):
     @property
     def exact(self) -> "Family":
         """The law itself: this one."""
+        return self
+
+    def smoothed(self, width: float) -> "Family":
+        """Return the family through the map rounded off over a width: this one has no kinks."""
         return self
 
     def canonical(self, zeta: Tensor) -> Tensor:
@@ -193,7 +200,7 @@ class Family(_EqualByParameters, ABC):
 
     def statistics_(
         self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A(eta), mean and variance together, in the memory of `eta` where that pays.
 
         This is for inner loops without autograd. It may overwrite `eta`, and what it returns may
@@ -210,8 +217,8 @@ class Family(_EqualByParameters, ABC):
         Returns
         -------
         log_partition, variance : Tensor or None
-            As the methods of those names, but accurate to rounding in absolute terms only: the
-            relative accuracy may be lost where they are close to 0.
+            None unless asked for. As the methods of those names, but accurate to rounding in
+            absolute terms only: the relative accuracy may be lost where they are close to 0.
         mean : Tensor
             As the method of that name, with the same reservation.
         """

@@ -200,7 +200,7 @@ def fit_minibatches(
     last, quiet = objective, 0
     latents = solved.value.clone()
     loose = {**options.latent_solver(), "tol": max(options.fixed_point_tol, _LOOSE)}
-    progress.row_tol = loose["tol"]
+    progress.unit, progress.row_tol = "epoch", loose["tol"]
 
     def finish() -> tuple[LatentModel, Trace]:
         # In full accuracy and, where a row has several solutions, the one that is found without

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from skdeq._base import numpy_dtype, rows_of, to_numpy, to_tensor
 from skdeq._progress import Progress
-from skdeq.nn import EquilibriumLayer
+
+if TYPE_CHECKING:
+    from skdeq.nn import EquilibriumLayer
 
 __all__ = ["Head", "HeadOptions", "HeadTrainer", "TrainingRows"]
 
@@ -110,7 +113,7 @@ class HeadTrainer:
 
     def __init__(
         self,
-        layer: EquilibriumLayer,
+        layer: "EquilibriumLayer",
         head: Head,
         options: HeadOptions,
         rows: TrainingRows,

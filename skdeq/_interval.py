@@ -35,7 +35,7 @@ class Interval:
     low_inclusive: bool
     high_inclusive: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse an empty interval."""
         if not self.low < self.high:
             raise ValueError(

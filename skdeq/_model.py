@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,15 @@ class LatentModel:
     loadings : Tensor of shape (p, k)
     intercept : Tensor of shape (p,)
     latents : Tensor of shape (n, k)
-        Of all layers side by side, from the data to the top, where there are several.
+        Of all layers side by side, from the data to the top, where there are several. None
+        where they are of no interest.
     upper : tuple of HiddenLayer
         The layers above the first.
     """
 
     loadings: Tensor
     intercept: Tensor
-    latents: Tensor | None
+    latents: Tensor | Any
     upper: tuple[HiddenLayer, ...] = ()
 
     @classmethod
@@ -64,7 +66,7 @@ class LatentModel:
 
     def matrices(self) -> list[Tensor]:
         """Put loadings and intercept side by side, one matrix for each layer."""
-        layers = [self, *self.upper]
+        layers: list[LatentModel | HiddenLayer] = [self, *self.upper]
         return [torch.cat([one.loadings, one.intercept.unsqueeze(1)], dim=1) for one in layers]
 
     @property

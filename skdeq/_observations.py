@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class CompressedRows:
 
     indptr: Tensor
     indices: Tensor
-    values: Tensor | None
+    values: Tensor | Any
     shape: tuple[int, int]
 
     @property
@@ -64,11 +65,11 @@ class CompressedRows:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CompressedRows":
         """Return the same on a device."""
-        parts = (self.indptr, self.indices, self.values)
-        moved = (
+        parts: tuple[Any, ...] = (self.indptr, self.indices, self.values)
+        indptr, indices, values = (
             None if one is None else one.to(device, non_blocking=non_blocking) for one in parts
         )
-        return CompressedRows(*moved, self.shape)
+        return CompressedRows(indptr, indices, values, self.shape)
 
     def pin_memory(self) -> "CompressedRows":
         """Return a copy on the host that a card can fetch while the host goes on."""

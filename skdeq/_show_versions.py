@@ -29,7 +29,7 @@ def show_versions() -> None:
     skdeq:
             skdeq: ...
     """
-    sections = {
+    sections: dict[str, dict[str, object]] = {
         "skdeq": {"skdeq": __version__, "torch": torch.__version__}
         | {name: _installed(name) for name in _OPTIONAL},
         "Cores and devices": {

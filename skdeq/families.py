@@ -5,6 +5,8 @@ score are all computed from it, so that they cannot disagree.
 """
 
 import difflib
+from collections.abc import Mapping
+from typing import TypeVar
 
 from ._canonical import Identity, ReLU, Softplus, Tanh
 from ._families_bounded import Bernoulli, Binomial, ContinuousBernoulli, Gaussian, Rademacher
@@ -57,7 +59,12 @@ CANONICAL_MAPS: dict[str, type[CanonicalMap]] = {
 }
 
 
-def _look_up(choice, kind: type, registry: dict[str, type], what: str):
+_Kind = TypeVar("_Kind", Family, CanonicalMap)
+
+
+def _look_up(
+    choice: object, kind: type[_Kind], registry: Mapping[str, type[_Kind]], what: str
+) -> _Kind:
     if isinstance(choice, kind):
         return choice
     if isinstance(choice, str):

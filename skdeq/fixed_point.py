@@ -274,6 +274,10 @@ class _Descent:
     doubles goes back to its best point and halves its step from then on.
     """
 
+    # Of the rows at work, from the first evaluation on.
+    gradient: Tensor
+    failed: Tensor
+
     def __init__(self, problem: FixedPointProblem, start: Tensor, tol: float):
         n_rows = len(start)
         self.problem, self.tol = problem, tol
@@ -290,7 +294,6 @@ class _Descent:
         self._n_open = n_rows
         self.z = start.clone()
         self.damping = start.new_ones(n_rows, 1)
-        self.gradient = self.failed = None
         self.any_failed = False
         self._best = start.clone()
         self._size = start.new_full((n_rows,), torch.inf)
@@ -421,7 +424,7 @@ def anderson(
     # Orthonormal differences of steps, and what undoing one of them does to the next point.
     directions = start.new_zeros(memory, n_rows, r)
     responses = start.new_zeros(memory, n_rows, r)
-    last_z = last_step = None
+    last_z = last_step = start
     smallest = torch.finfo(start.dtype).tiny
     for iteration in range(max_iter + 1):
         state.evaluate(iteration)
@@ -430,11 +433,10 @@ def anderson(
             break
         if stay is not None:
             directions, responses = directions[:, stay], responses[:, stay]
-            if last_z is not None:
-                last_z, last_step = last_z[stay], last_step[stay]
+            last_z, last_step = last_z[stay], last_step[stay]
         z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
         state.z = z + step
-        if last_z is not None:
+        if iteration:
             if state.any_failed:
                 directions[:, state.failed] = 0
                 responses[:, state.failed] = 0

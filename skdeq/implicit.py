@@ -1,6 +1,7 @@
 """Implicit differentiation of minimisers: gradients without unrolling a solver."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,12 @@ class _Solve(torch.autograd.Function):
     """Solution of symmetric systems given by their Cholesky factors, derivable once."""
 
     @staticmethod
-    def forward(ctx, right: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, right: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
         return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
         return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1), None

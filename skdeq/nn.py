@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from skdeq._hierarchy import (
 from skdeq._latents import solve_latents
 from skdeq._model import LEAST_EXPOSURE, Setting, latent_problem
 from skdeq._observations import Observations
-from skdeq.families import get_canonical_map, get_family
+from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
 from skdeq.implicit import attach_gradient
 
 __all__ = ["EquilibriumLayer"]
+
+_Kinked = TypeVar("_Kinked", Family, CanonicalMap)
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,22 @@ class EquilibriumLayer(nn.Module):
     torch.Size([20, 3])
     """
 
+    rotation: Tensor | None
+    exposure_profile: Tensor | None
+
     def __init__(
         self,
-        in_features,
-        n_components,
+        in_features: int,
+        n_components: int,
         *,
-        family="gaussian",
-        canonical_map="identity",
-        hidden_layer_sizes=(),
-        hidden_map="tanh",
-        alpha=1.0,
-        tol=1e-6,
-        max_iter=50,
-    ):
+        family: str | Family = "gaussian",
+        canonical_map: str | CanonicalMap = "identity",
+        hidden_layer_sizes: tuple[int, ...] = (),
+        hidden_map: str | CanonicalMap = "tanh",
+        alpha: float = 1.0,
+        tol: float = 1e-6,
+        max_iter: int = 50,
+    ) -> None:
         super().__init__()
         sizes = (in_features, *hidden_layer_sizes, n_components)
         if not all(size >= 1 for size in sizes):
@@ -179,7 +185,7 @@ class EquilibriumLayer(nn.Module):
             text += f", canonical_map={self.family.canonical_map!r}"
         return f"{text}, alpha={self.alpha}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The two buffers may be there in one layer and not in another.
         for name in ("rotation", "exposure_profile"):
             value = state_dict.get(prefix + name)
@@ -325,6 +331,6 @@ def tie_to_kernels(layer: EquilibriumLayer, convolution: Convolution) -> None:
     parametrize.register_parametrization(layer, "loadings", _Kernels(convolution))
 
 
-def _smooth(kinked):
+def _smooth(kinked: _Kinked) -> _Kinked:
     """Return the family or map whose stationary points the solver finds."""
     return kinked.smoothed(kinked.widths[-1]) if kinked.widths else kinked

@@ -50,7 +50,7 @@ class Activation:
 
     name: str
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
     def value(self, preactivation: Tensor) -> Tensor:
@@ -77,19 +77,21 @@ class ReLU(Activation):
 
     name = "relu"
 
-    def value(self, preactivation):
+    def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         return preactivation.clamp_min(0)
 
-    def derivative(self, preactivation):
+    def derivative(self, preactivation: Tensor) -> Tensor:
         """Return the derivative, 0 at the kink."""
         return (preactivation > 0).to(preactivation.dtype)
 
-    def value_into(self, preactivation, out):
+    def value_into(self, preactivation: Tensor, out: Tensor) -> None:
         """Write the distances to ``out``."""
         torch.clamp_min(preactivation, 0, out=out)
 
-    def multiply_derivative_(self, gradient, preactivation, distance):
+    def multiply_derivative_(
+        self, gradient: Tensor, preactivation: Tensor, distance: Tensor
+    ) -> None:
         """Clear the gradient of what the activation cut off."""
         # The pre-activation is not needed again: as a mask of ones and zeros it saves a boolean
         # array, whose product is several times slower.
@@ -101,12 +103,12 @@ class Softplus(Activation):
 
     name = "softplus"
 
-    def value(self, preactivation):
+    def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         # Not torch's softplus, which is a straight line beyond a threshold.
         return torch.logaddexp(preactivation, torch.zeros_like(preactivation[:1, :1]))
 
-    def derivative(self, preactivation):
+    def derivative(self, preactivation: Tensor) -> Tensor:
         """Return the derivative, the logistic function."""
         return torch.sigmoid(preactivation)
 
@@ -116,15 +118,17 @@ class Identity(Activation):
 
     name = "identity"
 
-    def value(self, preactivation):
+    def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         return preactivation.clone()
 
-    def derivative(self, preactivation):
+    def derivative(self, preactivation: Tensor) -> Tensor:
         """Return ones."""
         return torch.ones_like(preactivation)
 
-    def multiply_derivative_(self, gradient, preactivation, distance):
+    def multiply_derivative_(
+        self, gradient: Tensor, preactivation: Tensor, distance: Tensor
+    ) -> None:
         """Leave the gradient as it is."""
 
 
@@ -133,15 +137,15 @@ class Abs(Activation):
 
     name = "abs"
 
-    def value(self, preactivation):
+    def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         return preactivation.abs()
 
-    def derivative(self, preactivation):
+    def derivative(self, preactivation: Tensor) -> Tensor:
         """Return the derivative, 0 at the kink."""
         return preactivation.sign()
 
-    def value_into(self, preactivation, out):
+    def value_into(self, preactivation: Tensor, out: Tensor) -> None:
         """Write the distances to ``out``."""
         torch.abs(preactivation, out=out)
 
@@ -160,14 +164,14 @@ class PairActivation(Activation):
     def __init__(self, value: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]):
         self._value, self._derivative = value, derivative
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"PairActivation({self._value!r}, {self._derivative!r})"
 
-    def value(self, preactivation):
+    def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         return self._value(preactivation)
 
-    def derivative(self, preactivation):
+    def derivative(self, preactivation: Tensor) -> Tensor:
         """Return the derivative, elementwise."""
         return self._derivative(preactivation)
 

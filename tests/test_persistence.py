@@ -33,6 +33,10 @@ MODELS = {
         ExpFamilyDEQ(2, canonical_map=ReLU(), random_state=0, max_iter=9),
         {DEQ, "skdeq._canonical.ReLU"},
     ),
+    "layers": (
+        ExpFamilyDEQ(2, hidden_layer_sizes=(4,), random_state=0, max_iter=3),
+        {DEQ},
+    ),
     "encoder": (
         ImplicitEMEncoder(6, solver="adam", learning_rate=0.001, random_state=0, max_iter=2),
         {"skdeq._implicit_em.ImplicitEMEncoder"},

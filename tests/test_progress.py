@@ -33,6 +33,9 @@ MAKE = {
     "shared curvature": lambda **options: ExpFamilyDEQ(
         20, family="bernoulli", random_state=0, max_iter=6, **options
     ),
+    "deep": lambda **options: ExpFamilyDEQ(
+        2, hidden_layer_sizes=(4,), random_state=0, max_iter=6, **options
+    ),
     "adam": lambda **options: ExpFamilyDEQ(
         2, solver="adam", random_state=0, max_iter=6, **options
     ),
@@ -106,7 +109,7 @@ def test_verbose_says_what_is_left(name, capsys):
         shown = float(re.search(r"objective (\S+)", line)[1])
         assert shown == pytest.approx(estimator.loss_curve_[number - 1], rel=1e-6)
         # The residuals are those that Newton's method or the solver of the latents finds anyway.
-        assert ("residual" in line) == (name in ("scoring", "poisson", "adam"))
+        assert ("residual" in line) == (name in ("scoring", "poisson", "adam", "deep"))
         assert ("validation score" in line) == (name == "regressor")
         each, left = map(float, re.search(r"  (\S+) s each, at most (\S+) s left$", line).groups())
         assert left == pytest.approx(each * (6 - number), rel=0.1, abs=0.06)
@@ -120,8 +123,9 @@ def test_residuals_shown_are_those_of_the_latents(capsys):
     # At the optimum the latents are at rest, too.
     assert shares[0] < 50 and shares[-1] == 100
     ExpFamilyDEQ(2, family="poisson", max_iter=3, solver="adam", verbose=1, **tight).fit(X)
+    # Between steps it solves them to what a step can use, 1e-3.
     shown = re.findall(r"residual (\S+) \(100 % of rows solved\)", capsys.readouterr().out)
-    assert len(shown) == 3 and all(float(residual) <= 1e-4 for residual in shown)
+    assert len(shown) == 3 and all(float(residual) <= 1e-3 for residual in shown)
 
 
 @every_estimator
@@ -158,7 +162,7 @@ def test_fitted_estimator_of_a_callback_is_a_fit_that_ends_there(name):
     for number in (1, 3, 6):
         snapshot = snapshots[number - 1]
         assert snapshot.n_iter_ == len(snapshot.loss_curve_) == number
-        if name in ("adam", "regressor"):
+        if name in ("adam", "deep", "regressor"):
             # The schedule of the steps and the best epoch depend on max_iter and on the rest.
             assert np.isfinite(result(snapshot, X)).all()
             continue

@@ -1,0 +1,63 @@
+"""What `import skdeq` loads, and what it makes available."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import skdeq
+
+# Each takes a tenth of a second or more (torch's compiler as long as all of torch), and no
+# public name needs one before it is used.
+HEAVY = [
+    "matplotlib",
+    "pandas",
+    "polars",
+    "scipy.optimize",
+    "scipy.stats",
+    "skdeq.nn",
+    "sklearn.decomposition",
+    "sklearn.linear_model",
+    "torch._dynamo",
+    "torch._inductor",
+]
+
+LOADED = """
+import sys
+import {modules}
+print(*sys.modules, sep="\\n")
+"""
+
+
+def loaded_by(modules):
+    command = [sys.executable, "-c", LOADED.format(modules=modules)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_import_loads_no_heavy_modules():
+    by_skdeq = loaded_by("skdeq")
+    by_dependencies = loaded_by("torch, sklearn")
+    assert {"skdeq", "torch", "sklearn"} <= by_skdeq
+    assert not (by_skdeq - by_dependencies) & set(HEAVY)
+
+
+def test_submodules_are_there_when_asked_for():
+    public = {module.name for module in pkgutil.iter_modules(skdeq.__path__)}
+    public = {name for name in public if not name.startswith("_")}
+    assert public <= set(skdeq.__all__) <= set(dir(skdeq))
+    script = "; ".join(
+        ["import skdeq", *(f"assert skdeq.{name}.__name__ == 'skdeq.{name}'" for name in public)]
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="module 'skdeq' has no attribute 'pca'"):
+        skdeq.pca  # noqa: B018
+    with pytest.raises(ImportError):
+        from skdeq import pca  # noqa: F401
+
+
+def test_star_import_gives_the_public_names():
+    names = {}
+    exec("from skdeq import *", names)
+    assert set(skdeq.__all__) <= names.keys()
