@@ -26,7 +26,8 @@ PUBLIC_MODULES = ["skdeq"] + [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOC)))
-def test_code_of_a_page_runs(page):
+def test_code_of_a_page_runs(page, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     text = page.read_text(encoding="utf-8")
     needed = re.match(r"\.\. requires: (.*)", text)
     for package in needed[1].split() if needed else []:
@@ -37,6 +38,8 @@ def test_code_of_a_page_runs(page):
         optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
         encoding="utf-8",
     )
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     assert result.attempted and not result.failed
 
 
