@@ -85,7 +85,7 @@ class EquilibriumLayer(nn.Module):
         Their intercepts, of shape (h,) each.
     rotation : Tensor of shape (k, k) or None
         What latents are multiplied by on the way out; of a module made by
-        :meth:`ExpFamilyDEQ.to_module` with ``whiten=False``, the map to its scores.
+        :meth:`skdeq.ExpFamilyDEQ.to_module` with ``whiten=False``, the map to its scores.
     exposure_profile : Tensor of shape (p,) or None
         Mean of each feature in training; where given, the offset of a row is the logarithm of
         its total over the total expected of its observed entries.

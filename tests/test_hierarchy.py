@@ -310,7 +310,7 @@ def test_classifier_trains_all_layers():
         ({"hidden_layer_sizes": (1,)}, "must not grow from the data to the top"),
         ({"hidden_layer_sizes": (3, 5)}, "must not grow from the data to the top"),
         ({"hidden_layer_sizes": (30,)}, "more than min\\(n_samples, n_features\\)=9"),
-        ({"hidden_layer_sizes": (4,), "solver": "scoring"}, "is for one layer of latents"),
+        ({"hidden_layer_sizes": (4,), "solver": "scoring"}, "one layer of dense loadings"),
     ],
 )
 def test_bad_sizes_are_named(options, message):
