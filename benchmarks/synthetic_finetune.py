@@ -3,6 +3,8 @@
 Tsuchida and Ong (2023), Section 5: the latents (z1, z2) are rows of the figure of
 `synthetic_latents.py`, drawn without replacement; the 50 features are Bernoulli, Poisson or
 Gaussian at eta = Z W^T, or ReLU-Gaussian: max(Z W^T + b, 0) plus unit noise, b standard normal.
+With `--layers 2` (50-30-2) thirty latents tanh(Z W2^T / 2 + b2) plus noise of variance 1/4 stand
+between, and the equilibrium has a hidden layer of thirty.
 The target is z1 + z2, without noise. A head of 100 ReLU units predicts it from two features: those
 of PCA, of UMAP, of the frozen equilibrium, of the equilibrium trained with the head, and the true
 latents. All features are fitted without the target, on the training rows alone. The head, its
@@ -40,6 +42,9 @@ LAWS = {
     "Gaussian": {"family": "gaussian"},
     "ReLU-Gaussian": {"family": "gaussian", "canonical_map": "relu"},
 }
+# Latents of the layer between, the precision of its noise, and the standard deviation of eta that
+# its loadings aim at.
+N_HIDDEN, HIDDEN_ALPHA, ETA_SCALE = 30, 4.0, 2.0
 FROZEN, TUNED, TRUE = "frozen equilibrium", "fine-tuned equilibrium", "true latents"
 METHODS = ("PCA", *(["UMAP"] if UMAP else []), FROZEN, TUNED, TRUE)
 
@@ -55,9 +60,29 @@ def draw_relu(seed):
     return generator.normal(mean).astype(np.float32), latents
 
 
+def draw_two_layers(law, seed, options):
+    """Return (X, latents) of a model with a layer of latents between."""
+    generator = np.random.default_rng(seed)
+    latents = study.figure(study.GRID_SIDE)
+    W = generator.normal(scale=np.sqrt(0.5), size=(2, N_HIDDEN))
+    hidden = np.tanh(latents @ W / 2 + generator.normal(scale=0.3, size=N_HIDDEN))
+    hidden = generator.normal(hidden, 1 / np.sqrt(HIDDEN_ALPHA))
+    loadings = generator.normal(size=(N_HIDDEN, study.N_FEATURES))
+    eta = ETA_SCALE * hidden @ loadings / np.sqrt(N_HIDDEN * hidden.var())
+    if law == "Bernoulli":
+        X = generator.random(eta.shape) < 1 / (1 + np.exp(-eta))
+    elif law == "Poisson":
+        X = generator.poisson(np.exp(options.poisson_scale * eta / ETA_SCALE))
+    else:
+        X = generator.normal(np.maximum(eta, 0) if law == "ReLU-Gaussian" else eta)
+    return X.astype(np.float32), latents
+
+
 def draw(law, seed, options):
     """Return (X, latents, target) of the training rows, and of the test rows."""
-    if law == "ReLU-Gaussian":
+    if options.layers == 2:
+        X, latents = draw_two_layers(law, seed, options)
+    elif law == "ReLU-Gaussian":
         X, latents = draw_relu(seed)
     else:
         X, latents = study.draw_data(LAWS[law]["family"], seed, options)
@@ -124,7 +149,10 @@ def curves(law, seed, options):
     features[TRUE] = latents, latents_test
     for name, (seen, unseen) in features.items():
         made[name] = errors_of_head((seen, target), (unseen, test_target), options, seed)
-    backbone = ExpFamilyDEQ(2, random_state=seed, **LAWS[law]).fit(X)
+    depth = {}
+    if options.layers == 2:
+        depth = {"hidden_layer_sizes": (N_HIDDEN,), "alpha": HIDDEN_ALPHA, "max_iter": 20}
+    backbone = ExpFamilyDEQ(2, random_state=seed, **depth, **LAWS[law]).fit(X)
     for name in (FROZEN, TUNED):
         network = DEQRegressor(backbone, fine_tune=name == TUNED, random_state=seed)
         made[name] = errors_of_network(network, (X, target), (X_test, test_target), options, seed)
@@ -180,6 +208,7 @@ def main():
     parser = common.parser(__doc__)
     parser.add_argument("--law", nargs="+", choices=LAWS, default=list(LAWS))
     for name, default, what in (
+        ("layers", 1, "latent layers of the data and of the model, 1 or 2"),
         ("seeds", 3, "draws of loadings, rows and data"),
         ("epochs", 30, "of the head, and of the network"),
         ("train-rows", 4000, "rows to train on"),
@@ -204,9 +233,9 @@ def main():
             results[law] = {name: np.array([one[name] for one in draws]) for name in METHODS}
     note = (
         f"Test mean squared error of z1 + z2 after {options.epochs} epochs: mean +- standard "
-        f"deviation of {options.seeds} draws; {options.train_rows:,} training and "
-        f"{options.test_rows:,} test rows, Poisson eta scaled by {options.poisson_scale:g}, "
-        "float32. The last column divides means."
+        f"deviation of {options.seeds} draws; {options.layers} latent layers, "
+        f"{options.train_rows:,} training and {options.test_rows:,} test rows, "
+        f"Poisson eta scaled by {options.poisson_scale:g}, float32. The last column divides means."
     )
     parts = [environment, note]
     if UMAP is None:
