@@ -49,6 +49,8 @@ def reference():
     for line in (DOC / "api.rst").read_text(encoding="utf-8").splitlines():
         if current := re.match(r"\.\. currentmodule:: (\S+)", line):
             module = current[1]
+        elif described := re.match(r"\.\. automodule:: (\S+)", line):
+            names.add(described[1])
         elif listed := re.match(r"\.\. data:: (\w+)|   (\w+)$", line):
             names.add(f"{module}.{listed[1] or listed[2]}")
     return names
