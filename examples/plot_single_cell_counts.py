@@ -32,6 +32,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_sco
 from sklearn.neighbors import KNeighborsClassifier
 
 from skdeq import ExpFamilyDEQ
+from skdeq.inspection import ConvergenceDisplay, LatentMapDisplay
 
 n_cells, n_genes, n_types, n_components = 500, 200, 5, 5
 
@@ -70,7 +71,7 @@ print(f"to {counts.sum(axis=1).max():.0f}; stored {sparse.nnz / observed.size:.0
 # With ``exposure="total"`` the depth of a cell is computed from its observed counts, and the
 # components describe composition. The penalty is chosen by the cross-validated log-likelihood of
 # the model itself. ``map_latents`` says of each cell whether its equation was solved and how
-# well, instead of one flag for all.
+# well, instead of one flag for all; :class:`~skdeq.inspection.ConvergenceDisplay` draws it.
 
 model = ExpFamilyDEQ(n_components, family="poisson", exposure="total", random_state=0)
 grid = {"weight_decay": [0.03, 0.1, 0.3]}
@@ -85,8 +86,10 @@ print(f"fitted in {time.perf_counter() - start:.2f} s, {model.n_iter_} iteration
 print(f"converged: {model.converged_}")
 certificate = model.map_latents(sparse)
 print(f"cells solved: {certificate.converged.sum()} of {n_cells}", end=", ")
-print(f"largest residual {certificate.residual.max():.1e}", end=", ")
 print(f"at most {certificate.n_iter.max()} iterations")
+display = ConvergenceDisplay.from_estimator(model, sparse)
+display.figure_.suptitle("The fit, and how far every cell is solved")
+plt.show()
 
 # %%
 # Filling in what was erased
@@ -199,13 +202,6 @@ maps = {
     "ExpFamilyDEQ": exponential_family(observed)[0]["ExpFamilyDEQ, whitened"],
 }
 folds = StratifiedKFold(5, shuffle=True, random_state=0)
-type_looks = [
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#000000", "x"),
-]
 method_looks = {
     "depth alone": ("#888888", "x"),
     "5 neighbours in logs": ("#56B4E9", "^"),
@@ -217,10 +213,10 @@ fig, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
 fig.suptitle("Sparse counts of simulated cells, a fifth of the entries lost")
 for ax, (name, scores) in zip(axes[0], maps.items(), strict=True):
     drawn = TSNE(random_state=0, init="pca").fit_transform(scores)
-    for value, (color, marker) in enumerate(type_looks):
-        ax.scatter(*drawn[cell_type == value].T, s=16, color=color, marker=marker, alpha=0.7)
+    LatentMapDisplay.from_predictions(drawn, cell_type, ax=ax, target_name="type")
     accuracy = cross_val_score(KNeighborsClassifier(5), scores, cell_type, cv=folds).mean()
     ax.set_title(f"Map of {name}, 0.3 counts per gene")
+    ax.set_ylabel("")
     ax.set_xlabel(f"5 neighbours in the scores: {accuracy:.0%} of the types")
     ax.set_xticks([])
     ax.set_yticks([])
