@@ -208,11 +208,12 @@ plt.show()
 # What it amounts to
 # ------------------
 # * **Four components are found,** in every data set and even from 60 rows, with the fourth only
-#   half as strong as the others. The difference to the neighbouring sizes is many standard errors
-#   once it is taken fold by fold.
+#   half as strong as the others. The difference to the neighbouring sizes is more than four
+#   standard errors once it is taken fold by fold.
 # * **A Gaussian likelihood of logarithms is no substitute.** With 300 rows PCA finds components
 #   in the noise, which logarithms leave unequal over the columns; factor analysis, which allows
-#   for that, is right more often. With 60 rows both tend to miss the weak component.
+#   for that, is right more often. With 60 rows factor analysis misses the weak component every
+#   time, and PCA is right twice.
 # * **Tune the penalty along.** A smaller one makes superfluous components cost more; too large a
 #   one distorts all components, and the curve goes on rising for it.
 # * **Digits have no such number.** The likelihood is nearly level from 20 to 25 components, and a

@@ -260,8 +260,7 @@ plt.show()
 #   is to whiten, with either method: the gradient that all types share is the longest direction,
 #   and k-means cuts it into pieces otherwise.
 # * **Neighbours in the scores** have the right type more often with ``ExpFamilyDEQ`` at 0.3
-#   counts per gene. From one count per gene on both are nearly perfect, and PCA takes a tenth of
-#   the time.
+#   counts per gene. From one count per gene on both are nearly perfect.
 # * **The data flatter the model:** they are Poisson with rates that are log-linear in a few
 #   latents, as it assumes. Real counts spread more; ``family="negative_binomial"`` is for those,
 #   but takes no ``exposure``.
