@@ -273,8 +273,10 @@ def test_interrupt_from_the_keyboard(estimator):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    first = process.stdout.readline()
-    assert " objective " in first, process.communicate()
+    device, first = process.stdout.readline(), process.stdout.readline()
+    if " objective " not in first:
+        process.kill()
+    assert " objective " in first, (device, first, process.communicate())
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
