@@ -1,5 +1,6 @@
 """Run a function over chunks of rows, in parallel on the CPU, with results in a fixed order."""
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,24 @@ Result = TypeVar("Result")
 _local = threading.local()
 _lock = threading.Lock()
 _shared = {"inside": 0, "threads": 1}
+
+
+def _begin_anew_after_fork() -> None:
+    """Forget the threads of the parent, which a forked process has not.
+
+    Torch's OpenMP threads are gone, too, but the runtime waits for them all the same: whatever is
+    split in a child hangs if anything was in its parent. One thread is what torch itself gives its
+    own forked workers; who knows better may call ``torch.set_num_threads``.
+    """
+    global _lock
+    _lock = threading.Lock()
+    _shared["inside"] = 0
+    vars(_local).clear()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew_after_fork)
 
 
 def chunk_bounds(n_rows: int, size: int) -> list[tuple[int, int]]:
@@ -66,7 +85,8 @@ def parallel_chunks() -> Iterator[None]:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
         with _lock:
-            _shared["inside"] -= 1
+            # Below zero in a process that was forked in here, which began to count anew.
+            _shared["inside"] = max(0, _shared["inside"] - 1)
             # Torch keeps one number per thread and one for threads to come; this sets both.
             torch.set_num_threads(threads)
 

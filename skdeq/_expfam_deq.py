@@ -187,9 +187,9 @@ class ExpFamilyDEQ(
         Seed of the randomised SVD at the start and of the minibatches.
 
     verbose : int, default=0
-        1 prints a line for each iteration: the objective, the largest residual of a row's latents
-        and the share of rows that are solved (where the iteration makes them known), and the time
-        to `max_iter`. For progress bars see :ref:`progress`.
+        1 prints the device, and a line for each iteration: the objective, the largest residual of
+        a row's latents and the share of rows that are solved (where the iteration makes them
+        known), and the time to `max_iter`. For progress bars see :ref:`progress`.
 
     Attributes
     ----------

@@ -67,8 +67,8 @@ _PARAMETERS = """
         backbone that has none.
 
     verbose : int, default=0
-        1 prints a line for each epoch: the loss, the score on the rows held out, and the time to
-        `max_iter`. The backbone has a `verbose` of its own. For progress bars see
+        1 prints the device, and a line for each epoch: the loss, the score on the rows held out,
+        and the time to `max_iter`. The backbone has a `verbose` of its own. For progress bars see
         :ref:`progress`.
 """
 

@@ -142,8 +142,8 @@ class ImplicitEMEncoder(
         Seed of the first weights and of the minibatches.
 
     verbose : int, default=0
-        1 prints a line for each epoch: the objective, and the time to `max_iter`. For progress
-        bars see :ref:`progress`.
+        1 prints the device, and a line for each epoch: the objective, and the time to `max_iter`.
+        For progress bars see :ref:`progress`.
 
     Attributes
     ----------

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from skdeq._base import unchanged_on_error
+from skdeq._base import resolve_device, unchanged_on_error
 
 __all__ = ["CallbackSupportMixin", "Progress", "training"]
 
@@ -93,6 +94,8 @@ class Progress:
         """Say that an iteration begins."""
         if not self._number:
             self._started = time.perf_counter()
+            if self.verbose:
+                print(f"[{self.name}] on {self._device()}", flush=True)
         self._task = self._root.subcontext(task_name=self.unit)
         self._task.call_on_fit_task_begin(**self._arguments)
 
@@ -142,6 +145,12 @@ class Progress:
             context.call_on_fit_task_begin(**self._arguments)
             yield
             context.call_on_fit_task_end(**self._arguments)
+
+    def _device(self) -> str:
+        """Device of the fit, with the name of the card if it is one."""
+        device = resolve_device(self._arguments["estimator"].device, self._arguments["X"])
+        card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        return f"{device}{card}"
 
     def _line(self, objective: float, residual: Tensor | None, score: float | None) -> str:
         parts = [f"[{self.name}] {self.unit} {self._number:4d}", f"objective {objective:.8g}"]

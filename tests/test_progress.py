@@ -101,7 +101,8 @@ class Recorder:
 def test_verbose_says_what_is_left(name, capsys):
     X, y = data(name)
     estimator = MAKE[name](verbose=1).fit(X, y)
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"[{type(estimator).__name__}] on cpu"
     assert len(lines) == estimator.n_iter_ > 1
     unit = "iteration" if name in ("scoring", "poisson", "shared curvature") else "epoch"
     for number, line in enumerate(lines, start=1):
@@ -272,8 +273,10 @@ def test_interrupt_from_the_keyboard(estimator):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    first = process.stdout.readline()
-    assert " objective " in first, process.communicate()
+    device, first = process.stdout.readline(), process.stdout.readline()
+    if " objective " not in first:
+        process.kill()
+    assert " objective " in first, (device, first, process.communicate())
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -368,7 +371,7 @@ def test_without_the_callbacks_of_scikit_learn(monkeypatch, capsys):
     spec.loader.exec_module(module)
 
     class Counter(module.CallbackSupportMixin, BaseEstimator):
-        verbose = 1
+        verbose, device = 1, "cpu"
 
         def fit(self, X, y=None):
             with module.training(self, X, y, None, most=2) as progress:
@@ -382,4 +385,4 @@ def test_without_the_callbacks_of_scikit_learn(monkeypatch, capsys):
 
     counter = Counter().fit([[0.0]])
     assert counter.n_iter_ == 2 and not hasattr(counter, "set_callbacks")
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2
