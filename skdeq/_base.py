@@ -227,13 +227,13 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
     """Sufficient statistics of validated data on a device; dense floats are shared, not copied."""
     if not sp.issparse(X):
         values = X.to(device)
-        missing = None
+        gaps = None
         if missing_per_column(values).any():
-            missing = torch.isnan(values)
-            values = torch.where(missing, 0.0, family.sufficient(values))
+            gaps = torch.isnan(values)
+            values = torch.where(gaps, 0.0, family.sufficient(values))
         else:
             values = family.sufficient(values)
-        return Observations(values, missing=missing)
+        return Observations(values, missing=gaps)
     gaps = np.isnan(X.data)
     missing = None
     data = family.sufficient(to_tensor(X.data, torch.device("cpu"))).numpy()
@@ -254,8 +254,8 @@ def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
     if sp.issparse(X):
         data = X.data.view(np.uint8) if X.dtype == bool else X.data
         # Places keep their type, too: as int64 they would outweigh the values.
-        parts = (to_tensor(part) for part in (X.indptr, X.indices, data))
-        rows = CompressedRows(*parts, tuple(X.shape))
+        n, p = X.shape
+        rows = CompressedRows(to_tensor(X.indptr), to_tensor(X.indices), to_tensor(data), (n, p))
         size = X.indptr.nbytes + X.indices.nbytes + data.nbytes
     else:
         rows = X.view(torch.uint8) if X.dtype == torch.bool else X

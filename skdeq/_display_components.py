@@ -1,6 +1,10 @@
 """ComponentsDisplay: components as images, or by their largest entries."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
@@ -16,6 +20,9 @@ from skdeq._display import (
     fitted_step,
     style,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ComponentsDisplay"]
 
@@ -74,7 +81,18 @@ class ComponentsDisplay:
     >>> plt.close(display.figure_)
     """
 
-    def __init__(self, *, components, image_shape=None, feature_names=None, titles=None):
+    images_: Any
+    bars_: Any
+    colorbar_: Any
+
+    def __init__(
+        self,
+        *,
+        components: ArrayLike,
+        image_shape: tuple[int, int] | None = None,
+        feature_names: ArrayLike | None = None,
+        titles: ArrayLike | None = None,
+    ) -> None:
         self.components = components
         self.image_shape = image_shape
         self.feature_names = feature_names
@@ -83,18 +101,18 @@ class ComponentsDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
+        estimator: BaseEstimator,
         *,
-        component_indices=None,
-        image_shape=None,
-        feature_names=None,
-        n_top_features=10,
-        shared_scale=True,
-        n_columns=None,
-        ax=None,
-        image_kwargs=None,
-        bar_kwargs=None,
-    ):
+        component_indices: ArrayLike | None = None,
+        image_shape: tuple[int, int] | None = None,
+        feature_names: ArrayLike | None = None,
+        n_top_features: int = 10,
+        shared_scale: bool = True,
+        n_columns: int | None = None,
+        ax: "Axes | np.ndarray | None" = None,
+        image_kwargs: dict[str, Any] | None = None,
+        bar_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw components of a fitted estimator.
 
         Parameters
@@ -170,14 +188,14 @@ class ComponentsDisplay:
 
     def plot(
         self,
-        ax=None,
+        ax: "Axes | np.ndarray | None" = None,
         *,
-        n_top_features=10,
-        shared_scale=True,
-        n_columns=None,
-        image_kwargs=None,
-        bar_kwargs=None,
-    ):
+        n_top_features: int = 10,
+        shared_scale: bool = True,
+        n_columns: int | None = None,
+        image_kwargs: dict[str, Any] | None = None,
+        bar_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw the components.
 
         Parameters
@@ -203,7 +221,8 @@ class ComponentsDisplay:
         check_matplotlib_support(f"{type(self).__name__}.plot")
         components = check_table(self.components, "components")
         titles = [f"Component {index}" for index in range(len(components))]
-        titles = titles if self.titles is None else list(self.titles)
+        if self.titles is not None:
+            titles = np.asarray(self.titles, dtype=object).tolist()
         if len(titles) != len(components):
             raise ValueError(
                 f"titles must have one entry for each of the {len(components)} components; it "
@@ -258,8 +277,9 @@ class ComponentsDisplay:
         from matplotlib.patches import Rectangle
 
         n, p = components.shape
-        names = [f"x{feature}" for feature in range(p)]
-        names = np.asarray(names if self.feature_names is None else self.feature_names, object)
+        given = self.feature_names
+        numbered = [f"x{feature}" for feature in range(p)]
+        names = np.asarray(numbered if given is None else given, object)
         if names.shape != (p,):
             raise ValueError(
                 f"feature_names must have one entry for each of the {p} features; it has the "

@@ -1,11 +1,19 @@
 """ConvergenceDisplay: the objective by iteration, and what is left of each row's fixed point."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from skdeq._display import LINE_COLOR, PALETTE, divide_axes, fitted_step, style
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._implicit_em import ImplicitEMEncoder
+from skdeq._typing import MatrixLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ConvergenceDisplay"]
 
@@ -78,17 +86,20 @@ class ConvergenceDisplay:
     >>> plt.close(display.figure_)
     """
 
+    loss_curve: Any
+    histogram_: Any
+
     def __init__(
         self,
         *,
-        loss_curve,
-        residuals=None,
-        converged=None,
-        tol=None,
-        fit_converged=None,
-        loss_name="Objective",
-        iteration_name="Iteration",
-    ):
+        loss_curve: ArrayLike,
+        residuals: ArrayLike | None = None,
+        converged: ArrayLike | None = None,
+        tol: float | None = None,
+        fit_converged: bool | None = None,
+        loss_name: str = "Objective",
+        iteration_name: str = "Iteration",
+    ) -> None:
         self.loss_curve = loss_curve
         self.residuals = residuals
         self.converged = converged
@@ -100,14 +111,14 @@ class ConvergenceDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X=None,
+        estimator: BaseEstimator,
+        X: MatrixLike = None,
         *,
-        kind="objective",
-        ax=None,
-        line_kwargs=None,
-        histogram_kwargs=None,
-    ):
+        kind: str = "objective",
+        ax: "Axes | np.ndarray | None" = None,
+        line_kwargs: dict[str, Any] | None = None,
+        histogram_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw how a fit converged and, given rows, how far each of them is solved.
 
         Parameters
@@ -169,7 +180,14 @@ class ConvergenceDisplay:
             ax, kind=kind, line_kwargs=line_kwargs, histogram_kwargs=histogram_kwargs
         )
 
-    def plot(self, ax=None, *, kind="objective", line_kwargs=None, histogram_kwargs=None):
+    def plot(
+        self,
+        ax: "Axes | np.ndarray | None" = None,
+        *,
+        kind: str = "objective",
+        line_kwargs: dict[str, Any] | None = None,
+        histogram_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw the objective, and the residuals if there are any.
 
         Parameters

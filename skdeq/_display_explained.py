@@ -1,6 +1,10 @@
 """ExplainedDevianceDisplay: what each component explains, and all up to it."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from skdeq._display import (
@@ -12,6 +16,9 @@ from skdeq._display import (
     percent,
     style,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ExplainedDevianceDisplay"]
 
@@ -61,12 +68,21 @@ class ExplainedDevianceDisplay:
     >>> plt.close(display.figure_)
     """
 
-    def __init__(self, *, explained_ratio, quantity="deviance"):
+    line_: Any
+
+    def __init__(self, *, explained_ratio: ArrayLike, quantity: str = "deviance") -> None:
         self.explained_ratio = explained_ratio
         self.quantity = quantity
 
     @classmethod
-    def from_estimator(cls, estimator, *, ax=None, bar_kwargs=None, line_kwargs=None):
+    def from_estimator(
+        cls,
+        estimator: BaseEstimator,
+        *,
+        ax: "Axes | None" = None,
+        bar_kwargs: dict[str, Any] | None = None,
+        line_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw what the components of a fitted estimator explain.
 
         Parameters
@@ -97,11 +113,17 @@ class ExplainedDevianceDisplay:
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         attributes = ("explained_deviance_ratio_", "explained_variance_ratio_")
         step = fitted_step(estimator, attributes, cls.__name__, "ExpFamilyDEQ or PCA")
-        ratio, quantity = explained_ratio(step)
+        ratio, quantity = explained_ratio(step)  # type: ignore[misc]
         display = cls(explained_ratio=ratio, quantity=quantity)
         return display.plot(ax, bar_kwargs=bar_kwargs, line_kwargs=line_kwargs)
 
-    def plot(self, ax=None, *, bar_kwargs=None, line_kwargs=None):
+    def plot(
+        self,
+        ax: "Axes | None" = None,
+        *,
+        bar_kwargs: dict[str, Any] | None = None,
+        line_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw bars and running sum.
 
         Parameters

@@ -1,6 +1,11 @@
 """LatentMapDisplay: rows in the plane of two components, coloured by a target."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
 import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from skdeq._display import (
@@ -16,6 +21,10 @@ from skdeq._display import (
 from skdeq._display_target import Labels, read_target
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._implicit_em import ImplicitEMEncoder
+from skdeq._typing import MatrixLike, VectorLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["LatentMapDisplay"]
 
@@ -84,17 +93,20 @@ class LatentMapDisplay:
     >>> plt.close(display.figure_)
     """
 
+    legend_: Any
+    colorbar_: Any
+
     def __init__(
         self,
         *,
-        scores,
-        y=None,
-        component_indices=(0, 1),
-        target_type="auto",
-        target_name=None,
-        xlabel=None,
-        ylabel=None,
-    ):
+        scores: MatrixLike,
+        y: VectorLike | None = None,
+        component_indices: ArrayLike = (0, 1),
+        target_type: str = "auto",
+        target_name: str | None = None,
+        xlabel: str | None = None,
+        ylabel: str | None = None,
+    ) -> None:
         self.scores = scores
         self.y = y
         self.component_indices = component_indices
@@ -106,18 +118,18 @@ class LatentMapDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X,
-        y=None,
+        estimator: BaseEstimator,
+        X: MatrixLike,
+        y: VectorLike | None = None,
         *,
-        component_indices=(0, 1),
-        target_type="auto",
-        target_name=None,
-        ax=None,
-        colors=None,
-        scatter_kwargs=None,
-        legend_kwargs=None,
-    ):
+        component_indices: ArrayLike = (0, 1),
+        target_type: str = "auto",
+        target_name: str | None = None,
+        ax: "Axes | None" = None,
+        colors: Sequence[Any] | str | None = None,
+        scatter_kwargs: dict[str, Any] | None = None,
+        legend_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Transform rows and draw their map.
 
         Parameters
@@ -186,19 +198,19 @@ class LatentMapDisplay:
     @classmethod
     def from_predictions(
         cls,
-        scores,
-        y=None,
+        scores: MatrixLike,
+        y: VectorLike | None = None,
         *,
-        component_indices=(0, 1),
-        target_type="auto",
-        target_name=None,
-        xlabel=None,
-        ylabel=None,
-        ax=None,
-        colors=None,
-        scatter_kwargs=None,
-        legend_kwargs=None,
-    ):
+        component_indices: ArrayLike = (0, 1),
+        target_type: str = "auto",
+        target_name: str | None = None,
+        xlabel: str | None = None,
+        ylabel: str | None = None,
+        ax: "Axes | None" = None,
+        colors: Sequence[Any] | str | None = None,
+        scatter_kwargs: dict[str, Any] | None = None,
+        legend_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw the map of scores that are there already.
 
         Parameters
@@ -250,7 +262,14 @@ class LatentMapDisplay:
             ax, colors=colors, scatter_kwargs=scatter_kwargs, legend_kwargs=legend_kwargs
         )
 
-    def plot(self, ax=None, *, colors=None, scatter_kwargs=None, legend_kwargs=None):
+    def plot(
+        self,
+        ax: "Axes | None" = None,
+        *,
+        colors: Sequence[Any] | str | None = None,
+        scatter_kwargs: dict[str, Any] | None = None,
+        legend_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw the map.
 
         Parameters
@@ -315,7 +334,7 @@ class LatentMapDisplay:
         if "marker" not in options:
             self.scatter_.set_paths(target.point_paths())
         handles = target.legend_handles(options.get("marker"))
-        place = {"loc": "best"}
+        place: dict[str, Any] = {"loc": "best"}
         if ax.figure.get_layout_engine() is not None:
             place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
         default = {

@@ -1,9 +1,12 @@
 """ComponentUsageDisplay: how much each component is used, and which say the same."""
 
 import copy
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import softmax
+from sklearn.base import BaseEstimator
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from skdeq._display import (
@@ -17,6 +20,10 @@ from skdeq._display import (
     style,
 )
 from skdeq._encoder_fit import DEAD_VARIANCE
+from skdeq._typing import MatrixLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ComponentUsageDisplay"]
 
@@ -88,8 +95,14 @@ class ComponentUsageDisplay:
     """
 
     def __init__(
-        self, *, mean_activation, active_share, responsibility, correlation, dead_components=()
-    ):
+        self,
+        *,
+        mean_activation: ArrayLike,
+        active_share: ArrayLike,
+        responsibility: ArrayLike,
+        correlation: ArrayLike,
+        dead_components: ArrayLike | None = (),
+    ) -> None:
         self.mean_activation = mean_activation
         self.active_share = active_share
         self.responsibility = responsibility
@@ -99,15 +112,15 @@ class ComponentUsageDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: BaseEstimator,
+        X: MatrixLike,
         *,
-        threshold=0.0,
-        kind="mean",
-        ax=None,
-        bar_kwargs=None,
-        image_kwargs=None,
-    ):
+        threshold: float = 0.0,
+        kind: str = "mean",
+        ax: "Axes | np.ndarray | None" = None,
+        bar_kwargs: dict[str, Any] | None = None,
+        image_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Encode rows and draw how their components are used.
 
         Parameters
@@ -160,15 +173,15 @@ class ComponentUsageDisplay:
     @classmethod
     def from_predictions(
         cls,
-        activations,
+        activations: MatrixLike,
         *,
-        dead_components=None,
-        threshold=0.0,
-        kind="mean",
-        ax=None,
-        bar_kwargs=None,
-        image_kwargs=None,
-    ):
+        dead_components: ArrayLike | None = None,
+        threshold: float = 0.0,
+        kind: str = "mean",
+        ax: "Axes | np.ndarray | None" = None,
+        bar_kwargs: dict[str, Any] | None = None,
+        image_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw how components are used, given the activations of some rows.
 
         Parameters
@@ -224,7 +237,14 @@ class ComponentUsageDisplay:
         )
         return display.plot(ax, kind=kind, bar_kwargs=bar_kwargs, image_kwargs=image_kwargs)
 
-    def plot(self, ax=None, *, kind="mean", bar_kwargs=None, image_kwargs=None):
+    def plot(
+        self,
+        ax: "Axes | np.ndarray | None" = None,
+        *,
+        kind: str = "mean",
+        bar_kwargs: dict[str, Any] | None = None,
+        image_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
         """Draw usage and correlations.
 
         Parameters

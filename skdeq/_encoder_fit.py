@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class EncoderTrainer:
             and options.weights.weight_redundancy == 0
         )
         self.optimiser = None if plain else OPTIMISERS[options.solver](weights, options)
-        self._slope = None if plain else torch.empty_like(weights)
+        self._slope: Tensor | Any = None if plain else torch.empty_like(weights)
         self._buffers: dict[int, tuple[Tensor, Tensor, BatchObjective]] = {}
         # Sums over the batches of an epoch: the terms of the objective, without their weights.
         self._terms = weights.new_zeros(4)
@@ -200,7 +201,9 @@ class EncoderTrainer:
         """Go once through the rows in the order given; return the mean loss of the batches."""
         rows, device = self.rows, self.weights.device
         count = -(-len(order) // self.options.batch_size)
-        mean_weight = None if sample_weight is None else sample_weight.sum().to(device) / count
+        mean_weight: Any = (
+            None if sample_weight is None else sample_weight.sum().to(device) / count
+        )
         self._terms.zero_()
         self.variance.zero_()
         # Batches of equal size, give or take a row: a short last one would be a noisy one.
@@ -330,8 +333,8 @@ def encode(
 
     def work(start: int, stop: int) -> Tensor:
         if isinstance(rows, CompressedRows):
-            part = fetched(rows.slice(start, stop), device) if away else rows
-            matrix = replace(part, values=part.values.to(dtype)).matrix
+            some = fetched(rows.slice(start, stop), device) if away else rows
+            matrix = replace(some, values=some.values.to(dtype)).matrix
             distance = activation.value(matrix @ weights + bias)
         else:
             part = fetched(rows[start:stop], device) if away else rows[start:stop]

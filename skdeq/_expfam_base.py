@@ -4,7 +4,7 @@ import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ __all__ = ["LatentVariableEstimator"]
 class LatentVariableEstimator(BaseEstimator):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
+    _adam: dict[str, Any] | None
+
     def _family(self) -> Family:
         canonical_map = get_canonical_map(self.canonical_map)
         family = through(_get_family(self.family), canonical_map)
@@ -113,7 +115,7 @@ class LatentVariableEstimator(BaseEstimator):
             return (int(self.n_components) * convolution.n_places,)
         hidden = self.hidden_layer_sizes
         sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
-        if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
             raise ValueError(
                 "hidden_layer_sizes must be integers of at least 1, one for each layer between "
                 f"the data and the top; got {hidden!r}."
@@ -134,8 +136,8 @@ class LatentVariableEstimator(BaseEstimator):
         device = resolve_device(self.device, X)
         offset = None
         if self.exposure is not None:
-            offset, profile = exposure_offset(X, profile)
-            offset = torch.from_numpy(offset.astype(numpy_dtype(X))).to(device)
+            factors, profile = exposure_offset(X, profile)
+            offset = torch.from_numpy(factors.astype(numpy_dtype(X))).to(device)
         if sample_weight is not None:
             sample_weight = torch.from_numpy(sample_weight).to(device)
         setting = Setting(
@@ -252,7 +254,11 @@ class LatentVariableEstimator(BaseEstimator):
             setting,
             lambda index: rows_of(X, index, latents.device),
             lambda scores: _predictor(
-                scores @ from_scores.to(scores.dtype), *model.parameters, setting.hidden_map
+                scores @ from_scores.to(scores.dtype),
+                model.loadings,
+                model.intercept,
+                model.upper,
+                setting.hidden_map,
             ),
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
@@ -320,14 +326,14 @@ class LatentVariableEstimator(BaseEstimator):
         weight = None if sample_weight is None else to_tensor(sample_weight)
         moments = latent_covariance(to_tensor(latents), weight)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
-        vars(self).pop("explained_deviance_ratio_", None)
+        self.__dict__.pop("explained_deviance_ratio_", None)
         dtype = self.loadings_.dtype
         self.loadings_ = to_numpy(layer.loadings, dtype)
         self.intercept_ = to_numpy(layer.intercept, dtype)
         self.hidden_loadings_ = [to_numpy(one, dtype) for one in layer.hidden_loadings]
         self.hidden_intercepts_ = [to_numpy(one, dtype) for one in layer.hidden_intercepts]
         top = to_tensor(latents)
-        like = {"dtype": top.dtype}
+        like: dict[str, Any] = {"dtype": top.dtype}
         model = LatentModel(
             to_tensor(self.loadings_).to(**like),
             to_tensor(self.intercept_).to(**like),
@@ -390,7 +396,10 @@ class LatentVariableEstimator(BaseEstimator):
         self, setting: Setting
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[HiddenLayer, ...]]:
         """Fitted loadings, intercept and upper layers in the type and on the device of data."""
-        like = {"dtype": setting.observations.dtype, "device": setting.observations.device}
+        like: dict[str, Any] = {
+            "dtype": setting.observations.dtype,
+            "device": setting.observations.device,
+        }
         return (
             to_tensor(self.loadings_).to(**like),
             to_tensor(self.intercept_).to(**like),
@@ -399,7 +408,7 @@ class LatentVariableEstimator(BaseEstimator):
 
     def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
         """Linear predictors at unit exposure of what `transform` returns, where that lies."""
-        like = {"dtype": torch.float64, "device": codes.device}
+        like: dict[str, Any] = {"dtype": torch.float64, "device": codes.device}
         intercept = to_tensor(self.intercept_).to(**like)
         if not self._hidden():
             # Products with the scores' own basis, exact where a component is empty.
@@ -466,10 +475,12 @@ class LatentVariableEstimator(BaseEstimator):
         return returned(latents, X, self)
 
 
-def _integers(name: str, values, lengths: tuple[int, ...]) -> tuple[int, ...]:
+def _integers(name: str, values: Any, lengths: tuple[int, ...]) -> tuple[Any, ...]:
     """Validate a tuple of positive integers."""
     given = tuple(values) if isinstance(values, list | tuple | np.ndarray) else ()
-    if len(given) not in lengths or not all(isinstance(v, Integral) and v >= 1 for v in given):
+    if len(given) not in lengths or not all(
+        isinstance(v, Integral) and int(v) >= 1 for v in given
+    ):
         count = " or ".join(str(length) for length in lengths)
         raise ValueError(f"{name} must be {count} integers of at least 1; got {values!r}.")
     return tuple(int(value) for value in given)

@@ -1,17 +1,20 @@
 """ExpFamilyDEQ: principal component analysis for data that are not Gaussian."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
 from sklearn import config_context
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
 
-from skdeq._architecture import describe
+from skdeq._architecture import Architecture, describe
 from skdeq._base import (
     SkdeqManners,
     host_array,
@@ -23,7 +26,8 @@ from skdeq._base import (
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
-from skdeq._progress import CallbackSupportMixin, training
+from skdeq._progress import CallbackSupportMixin, Progress, training
+from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import check_codes
 from skdeq.families import (
     CANONICAL_MAPS,
@@ -33,7 +37,7 @@ from skdeq.families import (
     get_canonical_map,
     get_family,
 )
-from skdeq.fixed_point import SOLVERS
+from skdeq.fixed_point import SOLVERS, FixedPointResult
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -278,33 +282,33 @@ class ExpFamilyDEQ(
 
     def __init__(
         self,
-        n_components=2,
+        n_components: int = 2,
         *,
-        family="gaussian",
-        canonical_map="identity",
-        hidden_layer_sizes=(),
-        hidden_map="tanh",
-        loadings="dense",
-        image_shape=None,
-        kernel_size=5,
-        stride=1,
-        alpha=1.0,
-        weight_decay=0.03,
-        exposure=None,
-        whiten=False,
-        solver="auto",
-        max_iter=100,
-        tol=1e-5,
-        learning_rate=0.02,
-        batch_size=None,
-        fixed_point="auto",
-        fixed_point_max_iter=50,
-        fixed_point_tol=1e-6,
-        warm_start=False,
-        device="auto",
-        random_state=None,
-        verbose=0,
-    ):
+        family: str | Family = "gaussian",
+        canonical_map: str | CanonicalMap = "identity",
+        hidden_layer_sizes: Sequence[int] = (),
+        hidden_map: str | CanonicalMap = "tanh",
+        loadings: Literal["dense", "conv2d"] = "dense",
+        image_shape: Sequence[int] | None = None,
+        kernel_size: int | Sequence[int] = 5,
+        stride: int = 1,
+        alpha: float = 1.0,
+        weight_decay: float = 0.03,
+        exposure: Literal["total"] | None = None,
+        whiten: bool = False,
+        solver: Literal["auto", "scoring", "adam"] = "auto",
+        max_iter: int = 100,
+        tol: float = 1e-5,
+        learning_rate: float = 0.02,
+        batch_size: int | None = None,
+        fixed_point: Literal["auto", "newton", "anderson", "picard"] = "auto",
+        fixed_point_max_iter: int = 50,
+        fixed_point_tol: float = 1e-6,
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: RandomState = None,
+        verbose: int = 0,
+    ) -> None:
         self.n_components = n_components
         self.family = family
         self.canonical_map = canonical_map
@@ -332,7 +336,9 @@ class ExpFamilyDEQ(
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None, sample_weight=None):
+    def fit(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> Self:
         """Fit loadings and intercept.
 
         Parameters
@@ -360,7 +366,9 @@ class ExpFamilyDEQ(
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit_transform(self, X, y=None, sample_weight=None):
+    def fit_transform(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> Output:
         """Fit and return the scores of the training rows.
 
         Parameters
@@ -386,7 +394,7 @@ class ExpFamilyDEQ(
                 return self._output(self._checked(self._solve(X)[0]).value, X)
             return self._output(self._checked(self._latents(setting, model.latents)).value, X)
 
-    def transform(self, X):
+    def transform(self, X: MatrixLike) -> Output:
         """Scores of rows, seen in training or not.
 
         Parameters
@@ -403,7 +411,7 @@ class ExpFamilyDEQ(
         with parallel_chunks():
             return self._output(self._checked(self._solve(X)[0]).value, X)
 
-    def map_latents(self, X):
+    def map_latents(self, X: MatrixLike) -> FixedPointResult:
         """MAP latents of rows, each with its certificate of convergence.
 
         Parameters
@@ -422,9 +430,10 @@ class ExpFamilyDEQ(
         with parallel_chunks():
             result, _, _ = self._solve(X)
         fields = ("value", "residual", "converged", "n_iter")
-        return replace(result, **{one: returned(getattr(result, one), X) for one in fields})
+        parts: dict[str, Any] = {one: returned(getattr(result, one), X) for one in fields}
+        return replace(result, **parts)
 
-    def natural_parameters(self, Z):
+    def natural_parameters(self, Z: VectorLike) -> Output:
         """Canonical parameters eta, R of the linear predictor, at unit exposure.
 
         With hidden layers they are those at the mean of each layer given the one above.
@@ -440,12 +449,12 @@ class ExpFamilyDEQ(
         """
         return returned(self._natural_parameters(Z), Z)
 
-    def _natural_parameters(self, Z) -> torch.Tensor:
+    def _natural_parameters(self, Z: VectorLike) -> torch.Tensor:
         check_is_fitted(self)
         codes = check_codes(Z, self._n_features_out, "Z")
         return get_canonical_map(self.canonical_map).value(self._predictors(codes))
 
-    def inverse_transform(self, Z):
+    def inverse_transform(self, Z: VectorLike) -> Output:
         """Mean of the observations at unit exposure, a denoised X.
 
         Parameters
@@ -461,7 +470,7 @@ class ExpFamilyDEQ(
         """
         return returned(get_family(self.family).mean(self._natural_parameters(Z)), Z)
 
-    def score_samples(self, X):
+    def score_samples(self, X: MatrixLike) -> Output:
         """Laplace approximation of the marginal log-likelihood of each row.
 
         It integrates the latents out around their MAP solution and keeps all constants; for
@@ -484,7 +493,9 @@ class ExpFamilyDEQ(
             marginal = laplace_log_likelihood(setting, *self._parameters(setting), result.value)
             return returned(marginal + log_base_rows(rows, setting.family).to(marginal), X)
 
-    def score(self, X, y=None, sample_weight=None):
+    def score(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> float:
         """Mean of `score_samples`, for model selection by cross-validation.
 
         Parameters
@@ -503,13 +514,14 @@ class ExpFamilyDEQ(
         """
         with config_context(array_api_dispatch=False):
             scores = self.score_samples(X)
+            weight = None
             if sample_weight is not None:
-                sample_weight = _check_sample_weight(
+                weight = _check_sample_weight(
                     host_array(sample_weight, "sample_weight"), X, ensure_non_negative=True
                 )
-        return float(np.average(scores, weights=sample_weight))
+        return float(np.average(scores, weights=weight))
 
-    def architecture(self):
+    def architecture(self) -> Architecture:
         """Describe the equilibrium layer that family and canonical map amount to.
 
         Needs no data: it is a matter of the parameters.
@@ -572,7 +584,9 @@ class ExpFamilyDEQ(
         return layer
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y=None, sample_weight=None):
+    def partial_fit(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> Self:
         """Update the model by one batch of a stream; memory does not grow with the stream.
 
         The first batch starts the model by a full fit of its own and needs at least as many
@@ -603,7 +617,9 @@ class ExpFamilyDEQ(
                 self._update(X, sample_weight)
         return self
 
-    def _fitting(self, X, y, sample_weight, *, stream: bool = False):
+    def _fitting(
+        self, X: MatrixLike, y: object, sample_weight: VectorLike | None, *, stream: bool = False
+    ) -> AbstractContextManager[Progress]:
         """Context in which this estimator is fitted, or takes one step of a stream."""
         return training(
             self,
@@ -618,7 +634,7 @@ class ExpFamilyDEQ(
     def _n_features_out(self) -> int:
         return len(self.components_)
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.input_tags.allow_nan = True

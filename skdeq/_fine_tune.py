@@ -1,5 +1,7 @@
 """DEQClassifier and DEQRegressor: a network on top of the equilibrium, trained through it."""
 
+from typing import Self
+
 import numpy as np
 import torch
 from scipy.special import softmax
@@ -12,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from skdeq._base import host_array, returned, stream_batch
 from skdeq._chunks import parallel_chunks
 from skdeq._fine_tune_base import FineTuned, ScoredOnHost
+from skdeq._typing import MatrixLike, Output, VectorLike
 
 __all__ = ["DEQClassifier", "DEQRegressor"]
 
@@ -129,7 +132,13 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
     """
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y, classes=None, sample_weight=None):
+    def partial_fit(
+        self,
+        X: MatrixLike,
+        y: VectorLike,
+        classes: VectorLike | None = None,
+        sample_weight: VectorLike | None = None,
+    ) -> Self:
         """Go once through some rows of a stream, in minibatches in the order given.
 
         The first call fits the backbone, if need be, to its rows. A batch that is refused leaves
@@ -137,7 +146,7 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
 
         Parameters
         ----------
-        X : {{array-like, sparse matrix}} of shape (n_samples, n_features)
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
         y : array-like of shape (n_samples,)
             Labels.
@@ -162,19 +171,19 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
                 and not np.array_equal(np.unique(classes), self.classes_)
             ):
                 raise ValueError(
-                    f"classes={list(classes)} are not those of the first call, "
+                    f"classes={np.unique(classes).tolist()} are not those of the first call, "
                     f"{self.classes_.tolist()}."
                 )
             labels = None if going_on else column_or_1d(np.asarray(classes))
             self._pass_once(X, y, sample_weight, progress, labels=labels)
         return self
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: MatrixLike) -> Output:
         """Probabilities of the classes.
 
         Parameters
         ----------
-        X : {{array-like, sparse matrix}} of shape (n_samples, n_features)
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
 
         Returns
@@ -184,12 +193,12 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
         """
         return returned(softmax(self._outputs(X), axis=1), X)
 
-    def predict(self, X):
+    def predict(self, X: MatrixLike) -> Output:
         """Most probable class of each row.
 
         Parameters
         ----------
-        X : {{array-like, sparse matrix}} of shape (n_samples, n_features)
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
 
         Returns
@@ -268,7 +277,9 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
     """
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y, sample_weight=None):
+    def partial_fit(
+        self, X: MatrixLike, y: VectorLike, sample_weight: VectorLike | None = None
+    ) -> Self:
         """Go once through some rows of a stream, in minibatches in the order given.
 
         The first call fits the backbone, if need be, and settles location and scale of y. A batch
@@ -276,7 +287,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
 
         Parameters
         ----------
-        X : {{array-like, sparse matrix}} of shape (n_samples, n_features)
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
         y : array-like of shape (n_samples,)
             Numbers.
@@ -293,12 +304,12 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
             self._pass_once(X, y, sample_weight, progress)
         return self
 
-    def predict(self, X):
+    def predict(self, X: MatrixLike) -> Output:
         """Predicted number of each row.
 
         Parameters
         ----------
-        X : {{array-like, sparse matrix}} of shape (n_samples, n_features)
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
 
         Returns

@@ -2,7 +2,10 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from numbers import Integral, Real
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ from sklearn import config_context
 from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
@@ -19,6 +22,7 @@ from skdeq._chunks import parallel_chunks
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
+from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights
 from skdeq.families import get_family
 
@@ -28,7 +32,9 @@ __all__ = ["FineTuned", "ScoredOnHost"]
 class ScoredOnHost:
     """Compute scikit-learn's score from arrays on the host, wherever rows and targets are."""
 
-    def score(self, X, y, sample_weight=None):
+    def score(
+        self, X: MatrixLike, y: VectorLike, sample_weight: VectorLike | None = None
+    ) -> float:
         """Score of the predictions: accuracy of a classifier, R2 of a regressor.
 
         Parameters
@@ -45,11 +51,15 @@ class ScoredOnHost:
         float
         """
         with config_context(array_api_dispatch=False):
-            return super().score(X, host_array(y, "y"), host_array(sample_weight, "sample_weight"))
+            weight = host_array(sample_weight, "sample_weight")
+            return super().score(X, host_array(y, "y"), weight)  # type: ignore[misc]
 
 
 class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
+
+    loss_curve_: list[float]
+    _solver_state: list[dict[str, np.ndarray]] | None
 
     _parameter_constraints = {
         "backbone": [ExpFamilyDEQ, None],
@@ -71,23 +81,23 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
 
     def __init__(
         self,
-        backbone=None,
+        backbone: ExpFamilyDEQ | None = None,
         *,
-        head_layer_sizes=(100,),
-        fine_tune=True,
-        learning_rate=0.01,
-        weight_decay=1e-4,
-        batch_size=128,
-        max_iter=100,
-        tol=1e-4,
-        n_iter_no_change=10,
-        early_stopping=False,
-        validation_fraction=0.1,
-        warm_start=False,
-        device="auto",
-        random_state=None,
-        verbose=0,
-    ):
+        head_layer_sizes: Sequence[int] = (100,),
+        fine_tune: bool = True,
+        learning_rate: float = 0.01,
+        weight_decay: float = 1e-4,
+        batch_size: int = 128,
+        max_iter: int = 100,
+        tol: float = 1e-4,
+        n_iter_no_change: int = 10,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: RandomState = None,
+        verbose: int = 0,
+    ) -> None:
         self.backbone = backbone
         self.head_layer_sizes = head_layer_sizes
         self.fine_tune = fine_tune
@@ -105,7 +115,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: MatrixLike, y: VectorLike, sample_weight: VectorLike | None = None) -> Self:
         """Pretrain the backbone unless it is fitted, and train it and the head together.
 
         Parameters
@@ -137,7 +147,14 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
             self._n_batches = 0
         return self
 
-    def _fitting(self, X, y, sample_weight, *, stream: bool = False):
+    def _fitting(
+        self,
+        X: MatrixLike,
+        y: VectorLike,
+        sample_weight: VectorLike | None,
+        *,
+        stream: bool = False,
+    ) -> AbstractContextManager[Progress]:
         """Context in which this estimator is fitted, or takes in some rows of a stream."""
         most = 0 if stream else int(self.max_iter)
         # The backbone, which is pretrained first, is a fit of its own.
@@ -174,7 +191,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
 
     def _check_head(self) -> None:
         for size in self.head_layer_sizes:
-            if not (isinstance(size, Integral) and size >= 1):
+            if not (isinstance(size, Integral) and int(size) >= 1):
                 raise ValueError(
                     "head_layer_sizes must be integers of at least 1; got "
                     f"{tuple(self.head_layer_sizes)!r}."
@@ -224,7 +241,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
             backbone.feature_names_in_ = self.feature_names_in_
         return backbone
 
-    def _latents(self, X) -> np.ndarray:
+    def _latents(self, X) -> Any:
         """MAP latents of validated rows, in the top layer."""
         with warnings.catch_warnings(), config_context(array_api_dispatch=False):
             warnings.filterwarnings("ignore", message="X does not have valid feature names")
@@ -343,7 +360,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         head = Head(self._centre, self._scale, self.coefs_, self.intercepts_)
         return head(self._latents(X))
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         backbone = self._backbone().__sklearn_tags__()
         tags.input_tags.sparse = True

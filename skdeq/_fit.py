@@ -1,6 +1,7 @@
 """The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _best_scale(
     """Scale the first kernels to what serves some of the rows best."""
     n = setting.observations.shape[0]
     some = setting.take(torch.arange(0, n, max(1, n // _TRIAL_ROWS)).to(intercept.device))
-    best = (torch.inf, None)
+    best: tuple[float, LatentModel | Any] = (torch.inf, None)
     for halvings in range(_HALVINGS):
         parameters = [kernels * 0.5**halvings, intercept]
         model = model_of(setting, parameters)

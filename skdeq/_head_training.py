@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ class HeadTrainer:
     ):
         self.options, self.rows, self.loss = options, rows, loss
         dtype = to_tensor(np.empty(0, numpy_dtype(rows.X))).dtype
-        like = {"dtype": dtype, "device": rows.device}
+        like: dict[str, Any] = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
         self.layer.rotation = None
         self._centre = to_tensor(head.centre).to(**like)
@@ -180,7 +180,7 @@ class HeadTrainer:
         """Take one step for each minibatch; return the mean loss."""
         count = -(-len(order) // self.options.batch_size)
         weight = self._sample_weight
-        total = float(len(order)) if weight is None else weight[order].sum()
+        total: Any = float(len(order)) if weight is None else weight[order].sum()
         summed = 0.0
         for index in order.tensor_split(count):
             loss = self._gradient(index, count / total)
@@ -206,7 +206,7 @@ class HeadTrainer:
         weight = self._sample_weight
         loss = losses.sum() if weight is None else losses @ weight[index]
         (loss * factor).backward()
-        values = [loss.detach(), *(one.grad for one in self._parameters)]
+        values: list[Any] = [loss.detach(), *(one.grad for one in self._parameters)]
         finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
         # Read together: each look at the device makes the host wait.
         is_finite, value = torch.stack([finite.to(loss.dtype), values[0]]).tolist()
@@ -254,12 +254,12 @@ class HeadTrainer:
         """
         options = self.options
         best, kept, quiet = -np.inf, None, 0
-        rows = torch.from_numpy(rows)
+        places = torch.from_numpy(rows)
         for _ in range(options.max_iter):
             progress.begin()
-            order = rows
-            if len(rows) > options.batch_size:
-                order = rows[torch.randperm(len(rows), generator=generator)]
+            order = places
+            if len(places) > options.batch_size:
+                order = places[torch.randperm(len(places), generator=generator)]
             loss = self._epoch(order.to(self.rows.device))
             self.loss_curve.append(loss)
             merit = -loss

@@ -1,7 +1,9 @@
 """ImplicitEMEncoder: sparse features from one linear layer, without a decoder."""
 
 import warnings
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -38,6 +41,7 @@ from skdeq._encoder_fit import (
 )
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import CallbackSupportMixin, training
+from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import check_codes, check_rows, check_stream_type, check_weights
 from skdeq.objectives import (
     ACTIVATIONS,
@@ -218,26 +222,26 @@ class ImplicitEMEncoder(
 
     def __init__(
         self,
-        n_components=64,
+        n_components: int = 64,
         *,
-        activation="relu",
-        lse_weight=128.0,
-        variance_weight=1.0,
-        decorrelation_weight=1.0,
-        weight_redundancy=0.0,
-        solver="sgd",
-        learning_rate=0.01,
-        momentum=0.0,
-        batch_size=128,
-        max_iter=20,
-        tol=1e-4,
-        revive_dead=False,
-        output="activations",
-        warm_start=False,
-        device="auto",
-        random_state=None,
-        verbose=0,
-    ):
+        activation: str | Activation | tuple[Callable, Callable] = "relu",
+        lse_weight: float = 128.0,
+        variance_weight: float = 1.0,
+        decorrelation_weight: float = 1.0,
+        weight_redundancy: float = 0.0,
+        solver: Literal["sgd", "adam"] = "sgd",
+        learning_rate: float = 0.01,
+        momentum: float = 0.0,
+        batch_size: int = 128,
+        max_iter: int = 20,
+        tol: float = 1e-4,
+        revive_dead: bool = False,
+        output: Literal["activations", "responsibilities"] = "activations",
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: RandomState = None,
+        verbose: int = 0,
+    ) -> None:
         self.n_components = n_components
         self.activation = activation
         self.lse_weight = lse_weight
@@ -258,7 +262,9 @@ class ImplicitEMEncoder(
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None, sample_weight=None):
+    def fit(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> Self:
         """Train weights and biases.
 
         Parameters
@@ -285,11 +291,11 @@ class ImplicitEMEncoder(
         with training(
             self, X, y, sample_weight, unit="epoch", most=int(self.max_iter)
         ) as progress:
-            X, sample_weight = self._training(X, sample_weight, reset=True)
+            X, weights = self._training(X, sample_weight, reset=True)
             generator = seeded_generator(self.random_state)
             device = resolve_device(self.device, X)
             rows = to_rows(X, device)
-            weight = None if sample_weight is None else to_tensor(sample_weight, rows.device)
+            weight = None if weights is None else to_tensor(weights, rows.device)
             preconditioner = fit_preconditioner(rows, weight)
             shape = (self.n_components, X.shape[1])
             if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
@@ -320,7 +326,9 @@ class ImplicitEMEncoder(
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y=None, sample_weight=None):
+    def partial_fit(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> Self:
         """Go once through some rows of a stream, in minibatches in the order given.
 
         The first call settles location and scale for good; memory does not grow with the stream.
@@ -343,10 +351,10 @@ class ImplicitEMEncoder(
         """
         with stream_batch(self), training(self, X, y, sample_weight):
             first = getattr(self, "components_", None) is None
-            X, sample_weight = self._training(X, sample_weight, reset=first)
+            X, weights = self._training(X, sample_weight, reset=first)
             device = resolve_device(self.device, X)
             rows = to_rows(X, device)
-            weight = None if sample_weight is None else to_tensor(sample_weight, rows.device)
+            weight = None if weights is None else to_tensor(weights, rows.device)
             if first:
                 preconditioner = fit_preconditioner(rows, weight)
                 generator = seeded_generator(self.random_state)
@@ -377,7 +385,7 @@ class ImplicitEMEncoder(
             self._warn_if_dead()
         return self
 
-    def transform(self, X):
+    def transform(self, X: MatrixLike) -> Output:
         """Distances of rows to every component, or responsibilities.
 
         Parameters
@@ -396,7 +404,7 @@ class ImplicitEMEncoder(
             distance = responsibilities(distance)
         return returned(distance, X, self)
 
-    def responsibilities(self, X):
+    def responsibilities(self, X: MatrixLike) -> Output:
         """Share of each component in each row, ``softmax(-d)``.
 
         Parameters
@@ -411,7 +419,7 @@ class ImplicitEMEncoder(
         """
         return returned(responsibilities(self._distances(X)), X)
 
-    def inverse_transform(self, D):
+    def inverse_transform(self, D: VectorLike) -> Output:
         """Pseudo-decoder: the transposed weights applied to a code.
 
         Nothing trains it to reconstruct X; its direction is meaningful and its scale is not.
@@ -432,7 +440,9 @@ class ImplicitEMEncoder(
         dtype = torch.promote_types(codes.dtype, components.dtype)
         return returned((codes.to(dtype) @ components.to(dtype)).to(codes.dtype), D)
 
-    def loss_terms(self, X, sample_weight=None):
+    def loss_terms(
+        self, X: MatrixLike, sample_weight: VectorLike | None = None
+    ) -> dict[str, float]:
         """Terms of the objective on rows taken as one batch, each with its weight.
 
         Parameters
@@ -449,19 +459,22 @@ class ImplicitEMEncoder(
         """
         check_is_fitted(self)
         X = check_rows(self, X, reset=False, min_rows=2)
-        X, sample_weight = self._weighted(X, sample_weight)
+        X, kept = self._weighted(X, sample_weight)
         device = resolve_device(self.device, X)
         distance = self._encode(to_rows(X, device), device)
         weights = self._objective_weights()
-        objective = BatchObjective(weights, *distance.shape, distance)
-        weight = None if sample_weight is None else to_tensor(sample_weight).to(distance)
+        n, k = distance.shape
+        objective = BatchObjective(weights, n, k, distance)
+        weight = None if kept is None else to_tensor(kept).to(distance)
         objective(distance, weight)
         redundancy, _ = weight_redundancy(to_tensor(self.components_).double())
         terms = [*objective.terms.double().cpu(), redundancy]
         values = weights.vector * torch.stack(terms)
         return dict(zip(ObjectiveWeights.__dataclass_fields__, values.tolist(), strict=True))
 
-    def score(self, X, y=None, sample_weight=None):
+    def score(
+        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
+    ) -> float:
         """Objective with its sign changed, for model selection by cross-validation.
 
         Models with different weights of the terms have different objectives, and their scores
@@ -589,7 +602,7 @@ class ImplicitEMEncoder(
     def _n_features_out(self) -> int:
         return len(self.components_)
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]

@@ -86,7 +86,7 @@ def solve_latents(
     if method == "auto":
         method = "anderson" if finish else "newton"
     solver = SOLVERS[method]
-    if curvature is None and bounded:
+    if curvature is None and setting.family.variance_bound is not None:
         curvature = torch.full_like(intercept, setting.family.variance_bound)
     problem = latent_problem(
         setting,
@@ -100,7 +100,7 @@ def solve_latents(
     if start is not None:
         begin = start
     elif method == "anderson" and bounded and start_map is not None and not upper:
-        begin = linear_start(problem, start_map)
+        begin = linear_start(problem, start_map)  # type: ignore[arg-type]
     else:
         begin = loadings.new_zeros(n, problem.r)
 
@@ -110,7 +110,8 @@ def solve_latents(
         part = problem.chunk(low, high)
         if not stages:
             result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
-        value, spent = begin[low:high], 0
+        value = begin[low:high]
+        spent = torch.zeros(high - low, dtype=torch.long, device=value.device)
         for width in stages:
             part.smooth(width)
             result = solver(part, value, tol=tol, max_iter=max_iter)
@@ -125,13 +126,13 @@ def solve_latents(
             result.n_iter[left] += rest.n_iter
         return result
 
-    size = problem.hessian_rows() if method == "newton" or upper else problem.chunk_rows()
+    size = problem.hessian_rows()
+    if method != "newton" and isinstance(problem, MapProblem):
+        size = problem.chunk_rows()
     parts = map_chunks(work, n, size, begin.device)
+    fields = ("value", "residual", "converged", "n_iter")
     return FixedPointResult(
-        *(
-            torch.cat([getattr(part, field) for part in parts])
-            for field in ("value", "residual", "converged", "n_iter")
-        )
+        *[torch.cat([getattr(part, field) for part in parts]) for field in fields]  # type: ignore
     )
 
 

@@ -13,6 +13,7 @@ feature. Both halves of the alternation are therefore one piece of code.
 
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,7 +249,7 @@ class MapProblem:
         hessian: bool,
         curvature: bool,
         observed: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | Any, Tensor | Any, Tensor | Any, Tensor | Any]:
         """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile.
 
         Through a canonical map the terms are those of the energy, which has T(x) in it.
@@ -260,14 +261,14 @@ class MapProblem:
             missing = self._of(missing, rows)
         weighted = self.weight is not None or missing is not None
         canonical = self.family.is_canonical
-        statistic = None if canonical else self._of(self._statistic, rows)
+        statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
         first, second = self._upper
         if hessian:
             width = max(16, min(width, _HESSIAN_ENTRIES // len(first)))
-        total = z.new_zeros(len(z), dtype=torch.float64) if objective else None
-        slope = z.new_zeros(self.r, len(z)) if gradient else None
-        bend = z.new_zeros(len(first), len(z)) if hessian else None
-        size = z.new_zeros(len(z)) if curvature else None
+        total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
+        slope: Tensor | Any = z.new_zeros(self.r, len(z)) if gradient else None
+        bend: Tensor | Any = z.new_zeros(len(first), len(z)) if hessian else None
+        size: Tensor | Any = z.new_zeros(len(z)) if curvature else None
         buffer = z.new_empty(len(z), min(width, self.q))
         for start in range(0, self.q, width):
             stop = min(start + width, self.q)

@@ -79,15 +79,14 @@ class LatentModel:
 
     def extrapolate(self, previous: "LatentModel", amount: float) -> "LatentModel":
         """Go on from ``previous`` to this model and beyond by ``amount`` of the way."""
+
+        def beyond(new: Tensor, old: Tensor) -> Tensor:
+            return torch.add(new, new - old, alpha=amount)
+
         return LatentModel(
-            *(
-                torch.add(new, new - old, alpha=amount)
-                for new, old in zip(
-                    (self.loadings, self.intercept, self.latents),
-                    (previous.loadings, previous.intercept, previous.latents),
-                    strict=True,
-                )
-            )
+            beyond(self.loadings, previous.loadings),
+            beyond(self.intercept, previous.intercept),
+            beyond(self.latents, previous.latents),
         )
 
 
@@ -120,7 +119,7 @@ class Setting:
     sample_weight: Tensor | None = None
     row_offset: Tensor | None = None
     log_base: float = 0.0
-    hidden_map: CanonicalMap | None = None
+    hidden_map: CanonicalMap | Any = None
     convolution: Convolution | None = None
 
     def take(self, index: Tensor) -> "Setting":
@@ -136,11 +135,13 @@ class Setting:
 
     def double(self) -> "Setting":
         """Return the same in float64."""
-        parts = {"observations": self.observations.double()}
-        for name in ("sample_weight", "row_offset"):
-            part = getattr(self, name)
-            parts[name] = None if part is None else part.double()
-        return replace(self, **parts)
+        weight, offset = self.sample_weight, self.row_offset
+        return replace(
+            self,
+            observations=self.observations.double(),
+            sample_weight=None if weight is None else weight.double(),
+            row_offset=None if offset is None else offset.double(),
+        )
 
     @cached_property
     def total_weight(self) -> float:

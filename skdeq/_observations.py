@@ -65,11 +65,7 @@ class CompressedRows:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CompressedRows":
         """Return the same on a device."""
-        parts: tuple[Any, ...] = (self.indptr, self.indices, self.values)
-        indptr, indices, values = (
-            None if one is None else one.to(device, non_blocking=non_blocking) for one in parts
-        )
-        return CompressedRows(indptr, indices, values, self.shape)
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "CompressedRows":
         """Return a copy on the host that a card can fetch while the host goes on."""
@@ -137,7 +133,8 @@ class Observations:
     @property
     def shape(self) -> tuple[int, int]:
         """Numbers of rows and of features."""
-        return tuple(self.values.shape)
+        n, p = self.values.shape
+        return n, p
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,19 +175,18 @@ class Observations:
             return self.values.matrix @ other
         if self.device.type != "cpu":
             return self.values @ other
+        values = self.values
         n, p = self.shape
         # Few long rows multiply faster than few columns: the product is formed transposed.
         right = other.T.contiguous()
         if n >= p:
             size = max(64, _PRODUCT_ENTRIES // p)
-            parts = map_chunks(
-                lambda low, high: right @ self.values[low:high].T, n, size, self.device
-            )
+            parts = map_chunks(lambda low, high: right @ values[low:high].T, n, size, self.device)
             return torch.cat(parts, dim=1).T.contiguous()
         # Wide data, such as the transpose of tall: split the sum, and add up in order.
         size = max(64, _PRODUCT_ENTRIES // n)
         parts = map_chunks(
-            lambda low, high: right[:, low:high] @ self.values[:, low:high].T, p, size, self.device
+            lambda low, high: right[:, low:high] @ values[:, low:high].T, p, size, self.device
         )
         return torch.stack(parts).sum(0).T.contiguous()
 
@@ -201,7 +197,7 @@ class Observations:
             return self.values.take(index).to_dense()
         return self.values[start:stop]
 
-    def missing_rows(self, start: int, stop: int) -> Tensor | None:
+    def missing_rows(self, start: int, stop: int) -> Tensor | Any:
         """Places of the missing entries of some rows, bool (stop - start, p), or None."""
         if self.missing is None:
             return None

@@ -7,6 +7,7 @@ weights and bias for ``x`` itself.
 """
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -120,12 +121,15 @@ def fit_preconditioner(
     return Preconditioner(location, scale)
 
 
+Part = TypeVar("Part", Tensor, CompressedRows)
+
+
 def is_away(values: Tensor | CompressedRows, device: torch.device) -> bool:
     """Whether data lie on the host and are worked on elsewhere."""
     return values.device.type != device.type
 
 
-def fetched(part: Tensor | CompressedRows, device: torch.device) -> Tensor | CompressedRows:
+def fetched(part: Part, device: torch.device) -> Part:
     """Bring something from the host to a device, without waiting until it is there."""
     # Torch gives pinned memory out again only when the copy from it is done.
     pinned = part.pin_memory() if device.type == "cuda" else part
@@ -161,7 +165,7 @@ class RowBatches:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.values = values
+        self.values: Any = values
         self.sparse = isinstance(values, CompressedRows)
         self.n_rows, self.p = values.shape
         self.device, self.home = device, values.device
@@ -170,10 +174,10 @@ class RowBatches:
         self._inverse = 1 / preconditioner.scale
         self._constant = preconditioner.constant * preconditioner.scale
         self._dtype = dtype
-        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | Any]] = {}
         self._none = torch.zeros(1, dtype=dtype, device=self.device)
 
-    def _buffers_for(self, m: int, slot: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _buffers_for(self, m: int, slot: int) -> tuple[Tensor, Tensor, Tensor | Any]:
         """Batch of m rows, its part without the constant input, and the rows as they came."""
         if (m, slot) not in self._buffers:
             batch = torch.empty(m, self.p + 1, dtype=self._dtype, device=self.device)

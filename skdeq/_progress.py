@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ try:
     from sklearn.callback import CallbackSupportMixin
 except ImportError:  # scikit-learn 1.8 has no callbacks.
 
-    class CallbackSupportMixin:
+    class CallbackSupportMixin:  # type: ignore[no-redef]
         """Stands in for the mixin of scikit-learn 1.9."""
 
         def _init_callback_context(self, **_) -> _NoCallbacks:
@@ -63,7 +64,7 @@ class Progress:
 
     Attributes
     ----------
-    store : callable or None
+    store : callable
         ``store(estimator, state)`` gives an estimator the attributes of a fit that ends with the
         state of the solver; the state is what the solver hands to :meth:`end`.
     stopped : bool
@@ -87,7 +88,7 @@ class Progress:
         self._arguments = {} if arguments is None else arguments
         self._task = self._root
         self._number, self._started = 0, 0.0
-        self.store: Callable[[object, object], None] | None = None
+        self.store: Callable[[Any, Any], None]
         self.stopped = False
 
     def begin(self) -> None:

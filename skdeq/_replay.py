@@ -73,7 +73,7 @@ class StepRunner:
     @staticmethod
     def _fill(places: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> None:
         for place, one in zip(places, inputs, strict=True):
-            if place is not None:
+            if place is not None and one is not None:
                 place.copy_(one)
 
     def forget(self) -> None:

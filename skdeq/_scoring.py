@@ -11,6 +11,7 @@ Three things make the plain alternation fast:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     return apply
 
 
-def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> tuple[Tensor, ...]:
+def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> Any:
     """Apply ``step(part, point, rows, where)`` to each chunk; return what it returns."""
 
     def work(low: int, high: int) -> tuple[Tensor, ...]:
@@ -124,7 +125,7 @@ class Scoring:
     max_iter: int
     tol: float
     progress: Progress = field(default_factory=Progress)
-    finish: Callable[[LatentModel], object] | None = None
+    finish: Callable[[LatentModel], object] = lambda model: model
     loss_curve: list[float] = field(default_factory=list)
     n_iter: int = 0
     converged: bool = False
@@ -153,7 +154,8 @@ class Scoring:
             self._half = self._majorised_half if bounded else self._shared_half
         self._lengths: dict[str, Tensor] = {}
         self._typical: dict[str, Tensor] = {}
-        previous, accepted, momentum, quiet = model, None, 1.0, 0
+        previous, momentum, quiet = model, 1.0, 0
+        accepted: LatentModel | Any = None
         self._share = _FIRST_SHARE
         # Of every row's latents, where a step of Newton's method makes it known.
         self._residual: Tensor | None = None

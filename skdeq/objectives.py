@@ -161,7 +161,9 @@ class PairActivation(Activation):
 
     name = "pair"
 
-    def __init__(self, value: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, value: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
+    ) -> None:
         self._value, self._derivative = value, derivative
 
     def __repr__(self) -> str:
@@ -270,7 +272,7 @@ class BatchObjective:
         n_components: int,
         like: Tensor,
         longest: float = torch.inf,
-    ):
+    ) -> None:
         self.weights = weights
         self._longest = longest
         self.terms = like.new_zeros(3)
