@@ -1,5 +1,7 @@
 """Small data sets made from the models themselves, one for each family."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,10 @@ from skdeq.families import (
     NegativeBinomial,
     get_family,
 )
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core for each worker; more threads than cores hold each other up.
+    torch.set_num_threads(1)
 
 CUDA = pytest.param(
     "cuda",
