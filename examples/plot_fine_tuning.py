@@ -55,7 +55,7 @@ def classifiers(size, rows, seed):
     model = ExpFamilyDEQ(size, family=Binomial(n_trials=16), random_state=0).fit(rows)
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     network = make_pipeline(StandardScaler(), MLPClassifier(max_iter=200, random_state=seed))
-    neighbourhood = NeighborhoodComponentsAnalysis(size, random_state=seed)
+    neighbourhood = NeighborhoodComponentsAnalysis(size, max_iter=30, random_state=seed)
     trained = DEQClassifier(model, max_iter=20, random_state=seed)
     return {
         "PCA, logistic": (pca.transform, logistic),
