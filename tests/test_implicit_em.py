@@ -189,7 +189,11 @@ def test_rows_that_are_all_alike_have_only_dead_components():
     assert np.isfinite(fitted.transform(np.ones((2, 5)))).all()
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, (double, twice)], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [*ACTIVATIONS, (double, twice)],
+    ids=lambda one: one if isinstance(one, str) else "own",
+)
 @pytest.mark.parametrize("solver", ["sgd", "adam"])
 def test_every_activation_trains(activation, solver):
     X = digits(500)
