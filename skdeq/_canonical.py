@@ -185,8 +185,8 @@ class Tanh(CanonicalMap):
     --------
     >>> import torch
     >>> from skdeq.families import Tanh
-    >>> Tanh().derivative(torch.tensor([0.0, 30.0]))
-    tensor([1., 0.])
+    >>> Tanh().derivative(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.4200])
     """
 
     range = Interval(-1, 1, False, False)

@@ -153,6 +153,16 @@ def newton_step(
     The step is cut, row by row, until the objective decreases; a row whose step provably
     decreases it is not evaluated again.
 
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    z : Tensor of shape (m, r)
+        Where to step from.
+    rows : Tensor of shape (m,)
+        Indices of the rows in the problem.
+    tol : float
+        Scaled residual up to which a row stays where it is.
+
     Returns
     -------
     z : Tensor of shape (m, r)

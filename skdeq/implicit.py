@@ -23,7 +23,7 @@ def attach_gradient(
     Parameters
     ----------
     solution : Tensor of shape (n, k)
-        z*, however found.
+        The minimisers z*, however found.
     gradient : callable
         ``gradient(z)`` (n, k), differentiable in whatever the derivative is wanted of.
     hessian : Tensor of shape (n, k, k)

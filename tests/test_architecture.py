@@ -1,7 +1,5 @@
 """The text that describes a layer says what the layer computes."""
 
-import doctest
-
 import numpy as np
 import pytest
 from conftest import FAMILY_OBJECTS
@@ -70,7 +68,3 @@ def test_table_and_text():
     assert ExpFamilyDEQ(canonical_map=ReLU("off")).architecture().mask == "1"
     text = str(ExpFamilyDEQ(family="poisson").architecture())
     assert "activation             exp(zeta)" in text
-
-
-def test_docstring_examples_run():
-    assert not doctest.testmod(_architecture).failed

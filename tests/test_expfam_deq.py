@@ -1,6 +1,5 @@
 """ExpFamilyDEQ against PCA, ridge GLMs and the normal law; data of every kind."""
 
-import doctest
 import pickle
 import warnings
 
@@ -911,10 +910,3 @@ def test_iris_like_user_defined_family():
     ours = ExpFamilyDEQ(2, family="gamma", **{**TIGHT, "tol": 1e-9}).fit(X)
     np.testing.assert_allclose(mine.transform(X), ours.transform(X), atol=1e-4)
     assert mine.score(X) == pytest.approx(ours.score(X), abs=1e-6)
-
-
-def test_docstring_example_runs():
-    import skdeq._expfam_deq as module
-
-    result = doctest.testmod(module)
-    assert result.attempted > 5 and result.failed == 0

@@ -1,5 +1,4 @@
 import copy
-import doctest
 import math
 import pickle
 
@@ -10,11 +9,6 @@ import torch
 from scipy import integrate, stats
 from sklearn.metrics import log_loss, mean_gamma_deviance, mean_poisson_deviance
 
-import skdeq._families_bounded
-import skdeq._families_positive
-import skdeq._family
-import skdeq._interval
-import skdeq.families
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -660,23 +654,6 @@ def test_interval():
     assert str(Poisson().domain) == "(-inf, inf)"
     with pytest.raises(ValueError, match="low < high; got low=1 and high=0"):
         Interval(1, 0, True, True)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        skdeq.families,
-        skdeq._families_bounded,
-        skdeq._families_positive,
-        skdeq._family,
-        skdeq._interval,
-    ],
-    ids=lambda m: m.__name__,
-)
-def test_docstring_examples(module):
-    failed, attempted = doctest.testmod(module)
-    assert attempted > 0
-    assert failed == 0
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 15, 16, 17, 100, 1023])

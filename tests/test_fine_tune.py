@@ -1,7 +1,6 @@
 """DEQClassifier and DEQRegressor: what fine-tuning gains, and scikit-learn's manners."""
 
 import copy
-import doctest
 import pickle
 import warnings
 
@@ -321,15 +320,3 @@ def test_devices_agree(device):
     expected = classifier(max_iter=3, device="cpu").fit(X, label)
     fitted = classifier(max_iter=3, device=device).fit(X, label)
     np.testing.assert_allclose(fitted.predict_proba(X), expected.predict_proba(X), atol=1e-4)
-
-
-def test_docstring_examples_run():
-    import skdeq._fine_tune as module
-
-    for estimator in (DEQClassifier, DEQRegressor):
-        runner = doctest.DocTestRunner()
-        (case,) = doctest.DocTestFinder(recurse=False).find(
-            estimator, estimator.__name__, module=False, globs=vars(module).copy()
-        )
-        assert case.examples
-        assert not runner.run(case).failed

@@ -1,7 +1,6 @@
 """ImplicitEMEncoder against a plain autograd loop; data of every scale; scikit-learn manners."""
 
 import copy
-import doctest
 import pickle
 import warnings
 from unittest import mock
@@ -517,11 +516,3 @@ def test_devices_agree(device, layout, solver):
         fitted.set_params(device="cpu").transform(X), expected.transform(X), atol=1e-4
     )
     fitted.set_params(device=device).partial_fit(layout(X))
-
-
-def test_docstring_example_runs():
-    import skdeq._implicit_em as module
-
-    failures, tried = doctest.testmod(module)
-    assert tried
-    assert not failures

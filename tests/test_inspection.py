@@ -1,7 +1,6 @@
 """The displays: what their artists show, against what was computed without them."""
 
 import copy
-import doctest
 import importlib
 import re
 import subprocess
@@ -847,10 +846,3 @@ def test_without_matplotlib_the_message_names_it(display, model, counts, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=f"{display.__name__}.from_estimator requires matpl"):
         draw(display, model, counts, None, None)
-
-
-@pytest.mark.parametrize("display", DISPLAYS)
-def test_examples(display):
-    failures, tried = doctest.testmod(importlib.import_module(display.__module__))
-    assert tried
-    assert not failures

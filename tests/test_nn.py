@@ -1,6 +1,5 @@
 """The equilibrium layer: gradients against gradcheck, unrolling and the estimator."""
 
-import doctest
 import io
 
 import numpy as np
@@ -210,10 +209,3 @@ def test_bad_arguments_are_refused_in_words():
     with pytest.raises(ValueError, match=r"x must have shape \(n, 4\); got \(3, 5\)"):
         EquilibriumLayer(4, 2)(torch.ones(3, 5))
     assert "family=Gamma(shape=1.0)" in repr(EquilibriumLayer(4, 2, family="gamma"))
-
-
-@pytest.mark.parametrize("name", ["skdeq.nn", "skdeq.implicit"])
-def test_docstring_examples_run(name):
-    failures, tried = doctest.testmod(__import__(name, fromlist=["_"]))
-    assert tried
-    assert not failures
