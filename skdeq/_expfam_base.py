@@ -2,13 +2,10 @@
 
 import warnings
 from dataclasses import asdict, replace
-from itertools import pairwise
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
@@ -25,8 +22,7 @@ from skdeq._base import (
     to_observations,
     to_tensor,
 )
-from skdeq._canonical import through
-from skdeq._convolution import Convolution
+from skdeq._expfam_layout import LatentLayout
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import (
@@ -53,8 +49,7 @@ from skdeq._stochastic import (
     solve_and_step,
 )
 from skdeq._validation import check_observations, check_stream_type, check_weights
-from skdeq.families import Family, get_canonical_map
-from skdeq.families import get_family as _get_family
+from skdeq.families import Family
 from skdeq.fixed_point import FixedPointResult
 
 if TYPE_CHECKING:
@@ -63,73 +58,10 @@ if TYPE_CHECKING:
 __all__ = ["LatentVariableEstimator"]
 
 
-class LatentVariableEstimator(BaseEstimator):
+class LatentVariableEstimator(LatentLayout):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     _adam: dict[str, Any] | None
-
-    def _family(self) -> Family:
-        canonical_map = get_canonical_map(self.canonical_map)
-        family = through(_get_family(self.family), canonical_map)
-        if self.exposure is not None and not family.scales_with_exposure:
-            detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
-            raise ValueError(
-                f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
-                f"'poisson'; family {family.name!r}{detail} has no such offset."
-            )
-        return family
-
-    def _convolution(self) -> Convolution | None:
-        """Validate the geometry of convolutional loadings; None for dense ones."""
-        if self.loadings == "dense":
-            return None
-        if self.image_shape is None:
-            raise ValueError(
-                "loadings='conv2d' needs image_shape=(height, width) or (channels, height, width)."
-            )
-        shape = _integers("image_shape", self.image_shape, (2, 3))
-        kernel = self.kernel_size
-        kernel = (kernel, kernel) if isinstance(kernel, Integral) else kernel
-        convolution = Convolution(
-            (1, *shape) if len(shape) == 2 else shape,
-            _integers("kernel_size", kernel, (2,)),
-            int(self.stride),
-        )
-        if self.n_components > convolution.n_weights:
-            raise ValueError(
-                f"n_components={self.n_components} is more than the {convolution.n_weights} "
-                f"weights of a kernel of size {convolution.kernel_size} on "
-                f"{convolution.image_shape[0]} channels."
-            )
-        if len(tuple(self.hidden_layer_sizes)):
-            raise ValueError(
-                "loadings='conv2d' is for one layer of latents; got "
-                f"hidden_layer_sizes={self.hidden_layer_sizes!r}."
-            )
-        return convolution
-
-    def _sizes(self) -> tuple[int, ...]:
-        """Validate the numbers of latents of the layers, from the data to the top."""
-        convolution = self._convolution()
-        if convolution is not None:
-            return (int(self.n_components) * convolution.n_places,)
-        hidden = self.hidden_layer_sizes
-        sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
-        if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
-            raise ValueError(
-                "hidden_layer_sizes must be integers of at least 1, one for each layer between "
-                f"the data and the top; got {hidden!r}."
-            )
-        sizes = (*(int(size) for size in sizes), int(self.n_components))
-        if any(below < above for below, above in pairwise(sizes)):
-            raise ValueError(
-                f"hidden_layer_sizes={hidden!r} with n_components={self.n_components}: sizes "
-                "must not grow from the data to the top."
-            )
-        return sizes
-
-    def _hidden_map(self) -> CanonicalMap:
-        return get_canonical_map(self.hidden_map)
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
         """Move validated data to the device."""
@@ -473,17 +405,6 @@ class LatentVariableEstimator(BaseEstimator):
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
         return returned(latents, X, self)
-
-
-def _integers(name: str, values: Any, lengths: tuple[int, ...]) -> tuple[Any, ...]:
-    """Validate a tuple of positive integers."""
-    given = tuple(values) if isinstance(values, list | tuple | np.ndarray) else ()
-    if len(given) not in lengths or not all(
-        isinstance(v, Integral) and int(v) >= 1 for v in given
-    ):
-        count = " or ".join(str(length) for length in lengths)
-        raise ValueError(f"{name} must be {count} integers of at least 1; got {values!r}.")
-    return tuple(int(value) for value in given)
 
 
 def _top(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:

@@ -1,0 +1,93 @@
+"""What the parameters of ExpFamilyDEQ say of its law and its layers, before there are data."""
+
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+from skdeq._canonical import through
+from skdeq._convolution import Convolution
+from skdeq._family import CanonicalMap, Family
+from skdeq.families import get_canonical_map, get_family
+
+__all__ = ["LatentLayout"]
+
+
+class LatentLayout(BaseEstimator):
+    """Private methods of :class:`~skdeq.ExpFamilyDEQ` that validate parameters alone."""
+
+    def _family(self) -> Family:
+        canonical_map = get_canonical_map(self.canonical_map)
+        family = through(get_family(self.family), canonical_map)
+        if self.exposure is not None and not family.scales_with_exposure:
+            detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
+            raise ValueError(
+                f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
+                f"'poisson'; family {family.name!r}{detail} has no such offset."
+            )
+        return family
+
+    def _convolution(self) -> Convolution | None:
+        """Validate the geometry of convolutional loadings; None for dense ones."""
+        if self.loadings == "dense":
+            return None
+        if self.image_shape is None:
+            raise ValueError(
+                "loadings='conv2d' needs image_shape=(height, width) or (channels, height, width)."
+            )
+        shape = _integers("image_shape", self.image_shape, (2, 3))
+        kernel = self.kernel_size
+        kernel = (kernel, kernel) if isinstance(kernel, Integral) else kernel
+        convolution = Convolution(
+            (1, *shape) if len(shape) == 2 else shape,
+            _integers("kernel_size", kernel, (2,)),
+            int(self.stride),
+        )
+        if self.n_components > convolution.n_weights:
+            raise ValueError(
+                f"n_components={self.n_components} is more than the {convolution.n_weights} "
+                f"weights of a kernel of size {convolution.kernel_size} on "
+                f"{convolution.image_shape[0]} channels."
+            )
+        if len(tuple(self.hidden_layer_sizes)):
+            raise ValueError(
+                "loadings='conv2d' is for one layer of latents; got "
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r}."
+            )
+        return convolution
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Validate the numbers of latents of the layers, from the data to the top."""
+        convolution = self._convolution()
+        if convolution is not None:
+            return (int(self.n_components) * convolution.n_places,)
+        hidden = self.hidden_layer_sizes
+        sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
+        if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
+            raise ValueError(
+                "hidden_layer_sizes must be integers of at least 1, one for each layer between "
+                f"the data and the top; got {hidden!r}."
+            )
+        sizes = (*(int(size) for size in sizes), int(self.n_components))
+        if any(below < above for below, above in pairwise(sizes)):
+            raise ValueError(
+                f"hidden_layer_sizes={hidden!r} with n_components={self.n_components}: sizes "
+                "must not grow from the data to the top."
+            )
+        return sizes
+
+    def _hidden_map(self) -> CanonicalMap:
+        return get_canonical_map(self.hidden_map)
+
+
+def _integers(name: str, values: Any, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    """Validate a tuple of positive integers."""
+    given = tuple(values) if isinstance(values, list | tuple | np.ndarray) else ()
+    if len(given) not in lengths or not all(
+        isinstance(v, Integral) and int(v) >= 1 for v in given
+    ):
+        count = " or ".join(str(length) for length in lengths)
+        raise ValueError(f"{name} must be {count} integers of at least 1; got {values!r}.")
+    return tuple(int(value) for value in given)
