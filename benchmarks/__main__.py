@@ -83,10 +83,10 @@ def run(names: list[str], settings: Settings) -> list[report.Section]:
     return sections
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     made = parser()
-    options = made.parse_args()
+    options = made.parse_args(arguments)
     if options.list:
         print(listing())
         return

@@ -110,14 +110,15 @@ def without_convergence_warnings():
 
 
 class PeakMemory:
-    """Peak resident memory above that at entry, sampled by a thread; `.extra_mb` afterwards.
+    """Peak resident memory above that at entry, sampled by a thread.
 
-    That of processes which this one starts counts, if `children`.
+    Afterwards it is `.extra_mb`, and the peak itself `.peak_mb`. With `children` the memory of the
+    processes that this one has started is added.
     """
 
     def __init__(self, interval=0.005, children=False):
         self.interval, self.children = interval, children
-        self.extra_mb = 0.0
+        self.peak_mb = self.extra_mb = 0.0
 
     def __enter__(self):
         self._process = psutil.Process()
@@ -143,6 +144,7 @@ class PeakMemory:
         self._stop.set()
         self._sampler.join()
         self._peak = max(self._peak, self._resident())
+        self.peak_mb = self._peak / 2**20
         self.extra_mb = (self._peak - self._before) / 2**20
 
 

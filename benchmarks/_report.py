@@ -5,6 +5,7 @@ File names do not depend on the run, so that a page of the documentation can inc
 
 import csv
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -211,6 +212,17 @@ def as_json(sections: list[Section], machine: dict, settings: Settings) -> dict:
     }
 
 
+def finite(content):
+    """Replace numbers that are not finite by their names."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    return content
+
+
 def write(sections: list[Section], machine: dict, settings: Settings, folder: Path) -> str:
     """Write all files to a folder; return the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +239,7 @@ def write(sections: list[Section], machine: dict, settings: Settings, folder: Pa
         writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
-    content = json.dumps(as_json(sections, machine, settings), indent=1)
+    # Names for what is not finite, which JSON has no numbers for.
+    content = json.dumps(finite(as_json(sections, machine, settings)), indent=1, allow_nan=False)
     (folder / JSON).write_text(content + "\n", encoding="utf-8")
     return markdown

@@ -74,6 +74,12 @@ def fit_skdeq(X, n_components, **options):
     )
 
 
+def default_penalties():
+    """Return the penalties that ExpFamilyDEQ has by default."""
+    defaults = ExpFamilyDEQ().get_params()
+    return {name: defaults[name] for name in ("alpha", "weight_decay")}
+
+
 def fit_fastglmpca(X, n_components, tol=1e-4, time_limit=600.0):
     """Fit fastglmpca from PyPI; `time_limit` seconds end it after the iteration they fall in."""
     from fastglmpca import PoissonGLMPCA
@@ -235,8 +241,7 @@ def sparse_skdeq_like_table_1(X, options):
 
 def sparse_skdeq_defaults(X, options):
     """Fit with the default penalties."""
-    defaults = ExpFamilyDEQ().get_params()
-    return fit_skdeq(X, 10, alpha=defaults["alpha"], weight_decay=defaults["weight_decay"])
+    return fit_skdeq(X, 10, **default_penalties())
 
 
 def sparse_fastglmpca(X, options):

@@ -54,11 +54,11 @@ def batches_of(n_rows):
     return order, order.tensor_split(-(-n_rows // BATCH_SIZE))
 
 
-def autograd_epoch(X):
+def autograd_epoch(X, n_components=N_COMPONENTS):
     """Return (layer, epoch that trains it) as one would write it: `backward`, torch's own SGD."""
     rows, weights = torch.from_numpy(X), ObjectiveWeights()
     torch.manual_seed(0)
-    layer = torch.nn.Linear(X.shape[1], N_COMPONENTS)
+    layer = torch.nn.Linear(X.shape[1], n_components)
     optimiser = torch.optim.SGD(layer.parameters(), lr=encoder(0).learning_rate)
     _, batches = batches_of(len(X))
     buffer = rows.new_empty(BATCH_SIZE, X.shape[1])

@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from torch.nn import functional as F
 
 from benchmarks.implicit_em.measures import DEFAULT_EPOCHS
 from benchmarks.implicit_em.speed import autograd_epoch
 
 
-class JointAdam:
+class JointAdam(BaseEstimator):
     """Bernoulli model with latents, loadings and intercept as parameters of one Adam.
 
     The objective is that of `ExpFamilyDEQ`: the mean negative log-likelihood of a row and the two
@@ -16,11 +17,11 @@ class JointAdam:
     """
 
     def __init__(
-        self, n_components, *, alpha=1.0, weight_decay=0.03, iterations=200, learning_rate=0.05
+        self, n_components=2, *, alpha=1.0, weight_decay=0.03, max_iter=200, learning_rate=0.05
     ):
         self.n_components = n_components
         self.alpha, self.weight_decay = alpha, weight_decay
-        self.iterations, self.learning_rate = iterations, learning_rate
+        self.max_iter, self.learning_rate = max_iter, learning_rate
 
     def fit(self, X):
         rows = torch.from_numpy(X)
@@ -33,6 +34,7 @@ class JointAdam:
         self.latents = torch.randn(n, self.n_components, generator=generator)
         self.latents = self.latents.mul_(0.1).requires_grad_()
         self._minimise(rows, self.latents, [self.latents, self.loadings, self.intercept])
+        self.n_iter_ = self.max_iter
         return self
 
     def transform(self, X):
@@ -45,7 +47,7 @@ class JointAdam:
 
     def _minimise(self, rows, latents, parameters):
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate)
-        for _ in range(self.iterations):
+        for _ in range(self.max_iter):
             optimiser.zero_grad()
             eta = torch.addmm(self.intercept, latents, self.loadings.T)
             loss = F.binary_cross_entropy_with_logits(eta, rows, reduction="sum")
@@ -64,13 +66,17 @@ class JointAdam:
         return tuple(one.detach().numpy() for one in parts)
 
 
-class AutogradEncoder:
+class AutogradEncoder(BaseEstimator):
     """The encoder's linear layer and ReLU, trained by `backward` and torch's SGD."""
 
+    def __init__(self, n_components=64, *, max_iter=DEFAULT_EPOCHS):
+        self.n_components, self.max_iter = n_components, max_iter
+
     def fit(self, X):
-        self.layer, epoch = autograd_epoch(X)
-        for _ in range(DEFAULT_EPOCHS):
+        self.layer, epoch = autograd_epoch(X, self.n_components)
+        for _ in range(self.max_iter):
             epoch()
+        self.n_iter_ = self.max_iter
         return self
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ from benchmarks import _common as common
 from benchmarks import poisson_glmpca as glmpca
 from benchmarks._figures import trade_off
 from benchmarks._suite import Case, Result, Settings, Target, Trial, Workload
-from skdeq import ExpFamilyDEQ
 
 DENSE, SPARSE = "3,000 genes, dense, K = 2", "all genes, CSR, K = 10"
 PUBLISHED = "R fastglmpca, as published"
@@ -40,9 +39,7 @@ def fit_to_reach_peer(X, counts, device):
 
 def fit_defaults(X, k, device):
     """Fit with the default penalties."""
-    defaults = ExpFamilyDEQ().get_params()
-    penalties = {name: defaults[name] for name in ("alpha", "weight_decay")}
-    return glmpca.fit_skdeq(X, k, device=device, **penalties)
+    return glmpca.fit_skdeq(X, k, device=device, **glmpca.default_penalties())
 
 
 def dense_fits(X, counts, published, device, limit):

@@ -1,5 +1,6 @@
 """Grid searches in parallel: do jobs and torch's threads get in each other's way?"""
 
+import atexit
 import time
 from contextlib import nullcontext
 
@@ -51,17 +52,21 @@ def prepare(settings: Settings, method: str) -> Trial:
         search(settings, n_jobs).set_params(cv=2).fit(X[:200], y[:200])
 
     def run():
-        # Loky's workers are processes of their own, whose memory is part of the search's.
+        # Loky's workers are processes of their own, whose memory is part of the search's; they
+        # are there before it, so that what it adds to them says little.
         with parallel(), common.PeakMemory(interval=0.05, children=True) as memory:
             start = time.perf_counter()
             fitted = search(settings, n_jobs).fit(X, y)
             seconds = time.perf_counter() - start
-        return {"search": seconds, "extra_memory": memory.extra_mb}, fitted
+        values = {"search": seconds, "peak_memory": memory.peak_mb}
+        return {**values, "extra_memory": memory.extra_mb}, fitted
 
     def close():
         if backend == "loky":
-            # Its idle processes would keep this one from ending.
+            # Its idle processes would keep this one from ending, which, being one of
+            # multiprocessing's, ends without the handlers that remove joblib's folders.
             get_reusable_executor().shutdown(wait=True)
+            atexit._run_exitfuncs()
 
     return Trial(run, lambda fitted: {"best_score": fitted.best_score_}, close)
 

@@ -66,7 +66,7 @@ def fits(settings):
     """Return {method: function of the counts}."""
     return {
         OURS: lambda X: glmpca.fit_skdeq(
-            X, RANK, alpha=1.0, weight_decay=0.03, max_iter=MAX_ITER, device=settings.device
+            X, RANK, max_iter=MAX_ITER, device=settings.device, **glmpca.default_penalties()
         ),
         "NMF, Kullback-Leibler, 100 iterations": fit_nmf,
         "fastglmpca (PyPI), 40 s at most": lambda X: glmpca.fit_fastglmpca(
