@@ -145,10 +145,10 @@ def references(settings: Settings) -> list[Result]:
 
 def targets(results: list[Result]) -> list[Target]:
     """Compare with the package of PyPI."""
-    by_method = {result.method: result for result in results if result.data == DENSE}
-    ours, peer = by_method[TO_PUBLISHED], by_method[PEER]
-    if ours.failure or peer.failure:
+    done = {one.method: one for one in results if one.data == DENSE and not one.failure}
+    if not {TO_PUBLISHED, PEER} <= done.keys():
         return []
+    ours, peer = done[TO_PUBLISHED], done[PEER]
     times = peer.median("fit") / ours.median("fit")
     gain = ours.median("log_likelihood") - peer.median("log_likelihood")
     return [

@@ -148,7 +148,7 @@ WORKLOAD = Workload(
         "The held-out mean squared error is that of the test rows decoded from their own codes. "
         "Log-likelihoods are given where the model has a density of such data, so that they can "
         "be compared; most pixels are exactly 0, which suits a density that can gather there, and "
-        "a pixel that varies among the test rows alone counts without bound against the model that "
+        "a pixel that varies among the test rows alone counts without bound against a model that "
         "gave it next to no noise. The training objective is given where two methods minimise the "
         "same one."
     ),
