@@ -2,14 +2,18 @@
 
 import argparse
 import multiprocessing
-import os
+import platform
+import resource
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +23,8 @@ import psutil
 import scipy.sparse as sp
 import torch
 from sklearn.exceptions import ConvergenceWarning
+
+from skdeq._show_versions import _usable_cores as usable_cores
 
 PACKAGES = ("skdeq", "numpy", "scipy", "scikit-learn", "torch")
 
@@ -104,29 +110,48 @@ def without_convergence_warnings():
 
 
 class PeakMemory:
-    """Peak resident memory above that at entry, sampled by a thread; `.extra_mb` afterwards."""
+    """Peak resident memory above that at entry, sampled by a thread.
 
-    def __init__(self, interval=0.005):
-        self.interval = interval
-        self.extra_mb = 0.0
+    Afterwards it is `.extra_mb`, and the peak itself `.peak_mb`. With `children` the memory of the
+    processes that this one has started is added.
+    """
+
+    def __init__(self, interval=0.005, children=False):
+        self.interval, self.children = interval, children
+        self.peak_mb = self.extra_mb = 0.0
 
     def __enter__(self):
         self._process = psutil.Process()
-        self._before = self._peak = self._process.memory_info().rss
+        self._before = self._peak = self._resident()
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self._sampler.start()
         return self
 
+    def _resident(self):
+        resident = self._process.memory_info().rss
+        if self.children:
+            for child in self._process.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    resident += child.memory_info().rss
+        return resident
+
     def _sample(self):
         while not self._stop.wait(self.interval):
-            self._peak = max(self._peak, self._process.memory_info().rss)
+            self._peak = max(self._peak, self._resident())
 
     def __exit__(self, *exception):
         self._stop.set()
         self._sampler.join()
-        self._peak = max(self._peak, self._process.memory_info().rss)
+        self._peak = max(self._peak, self._resident())
+        self.peak_mb = self._peak / 2**20
         self.extra_mb = (self._peak - self._before) / 2**20
+
+
+def peak_of_process() -> float:
+    """Return the most memory, in MB, that this process has had at a time."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def in_fresh_process(function: Callable, *arguments):
@@ -163,22 +188,57 @@ def table(header: list[str], rows: list[list]):
 
 
 def environment(extra_packages: Iterable[str] = ()):
-    """Describe what ran: package versions, cores and threads."""
+    """Describe in a line what ran: package versions, cores and threads."""
     versions = ", ".join(f"{name} {_version(name)}" for name in (*PACKAGES, *extra_packages))
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
-    return f"{versions}; cores: {cores}, threads: {torch.get_num_threads()}"
+    return f"{versions}; cores: {usable_cores()}, threads: {torch.get_num_threads()}"
+
+
+def machine(device: str, peers: Iterable[str] = ()):
+    """Describe what ran where and when, as {what: text}."""
+    versions = {name: _version(name) for name in (*PACKAGES, *peers)}
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "Python": platform.python_version(),
+        **{name: version or "not installed" for name, version in versions.items()},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": str(usable_cores()),
+        "threads of torch": str(torch.get_num_threads()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+    }
+
+
+def processor():
+    """Return the name of the processor, as far as the platform tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def commit():
+    """Return the commit of this source tree, and whether it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: not a git checkout"
+    name = head.stdout.decode().strip()[:12]
+    return f"{name} and changes that are not committed" if changed.stdout.strip() else name
 
 
 def _version(package):
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         # A source tree on the path has no metadata; its module may still know.
-        module = __import__(package)
-        return getattr(module, "__version__", "unknown")
+        with suppress(ImportError):
+            return getattr(__import__(package), "__version__", None)
 
 
 # --- command line -------------------------------------------------------------------------------

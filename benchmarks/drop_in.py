@@ -4,9 +4,11 @@ Every method is fitted without the labels on the training part of a split; its s
 standardised, for all methods alike, and classified by `LogisticRegression(max_iter=1000)`.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -20,10 +22,10 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from skdeq import ExpFamilyDEQ
 from skdeq.families import Binomial
 
-try:
-    from benchmarks import _common as common
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
 
 
 @dataclass

@@ -7,7 +7,9 @@ asked twice: with all labels, and with a stratified draw of few of them. The fea
 without labels on all training rows in either case; the plain network sees the labelled rows alone.
 """
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ from skdeq._base import resolve_device
 from skdeq._head_training import Head, HeadTrainer, TrainingRows
 from skdeq.nn import EquilibriumLayer
 
-try:
-    from benchmarks import _common as common
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
 
 N_COMPONENTS, N_CLASSES = 64, 10
 

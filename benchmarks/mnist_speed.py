@@ -6,16 +6,19 @@ matrix products of one gradient pass over all rows and one elementwise pass of t
 what no first-order iteration can go below.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
 from skdeq import ExpFamilyDEQ
 
-try:
-    from benchmarks import _common as common
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
 
 N_COMPONENTS = 50
 CLOSE = 0.005  # relative distance to the converged objective

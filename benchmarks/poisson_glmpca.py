@@ -5,11 +5,13 @@ mean. Table 1: the 3,000 genes of the published run of R fastglmpca, dense, K = 
 genes, sparse, K = 10, each method in a process of its own so that its memory is its own.
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.special import gammaln
@@ -17,10 +19,10 @@ from sklearn.utils import gen_batches
 
 from skdeq import ExpFamilyDEQ
 
-try:
-    from benchmarks import _common as common
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
 
 PENALTY = 1e-5  # on the summed objective: next to none, as maximum likelihood has none
 PENALTY_NOTE = (
@@ -70,6 +72,12 @@ def fit_skdeq(X, n_components, **options):
         seconds,
         seconds + scoring_seconds,
     )
+
+
+def default_penalties():
+    """Return the penalties that ExpFamilyDEQ has by default."""
+    defaults = ExpFamilyDEQ().get_params()
+    return {name: defaults[name] for name in ("alpha", "weight_decay")}
 
 
 def fit_fastglmpca(X, n_components, tol=1e-4, time_limit=600.0):
@@ -233,8 +241,7 @@ def sparse_skdeq_like_table_1(X, options):
 
 def sparse_skdeq_defaults(X, options):
     """Fit with the default penalties."""
-    defaults = ExpFamilyDEQ().get_params()
-    return fit_skdeq(X, 10, alpha=defaults["alpha"], weight_decay=defaults["weight_decay"])
+    return fit_skdeq(X, 10, **default_penalties())
 
 
 def sparse_fastglmpca(X, options):

@@ -12,7 +12,9 @@ standardised inputs, its minibatches, its first weights and its Adam are DEQRegr
 method. UMAP is skipped where umap-learn (PyPI) is not installed.
 """
 
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +24,11 @@ from skdeq import DEQRegressor, ExpFamilyDEQ
 from skdeq._head_training import Head, HeadTrainer, TrainingRows
 from skdeq.nn import EquilibriumLayer
 
-try:
-    from benchmarks import _common as common
-    from benchmarks import synthetic_latents as study
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
-    import synthetic_latents as study
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
+from benchmarks import synthetic_latents as study
 
 try:
     with warnings.catch_warnings():

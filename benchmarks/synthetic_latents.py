@@ -9,16 +9,19 @@ Recovery is the R2 of a linear regression of the true latents on the recovered o
 the two coordinates: 1 means equal up to an affine map.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
 
 from skdeq import ExpFamilyDEQ
 
-try:
-    from benchmarks import _common as common
-except ImportError:  # run as a file: this folder, and not its parent, is on the path
-    import _common as common
+if not __package__:  # run as a file: this folder, and not its parent, is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _common as common
 
 GRID_SIDE, N_FEATURES = 316, 50
 TARGETS = {"bernoulli": "0.930", "poisson": "0.990", "gaussian": "PCA's"}

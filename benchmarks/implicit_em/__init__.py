@@ -1,0 +1,1 @@
+"""The tables of `implicit_em_paper.py`, and what they share."""

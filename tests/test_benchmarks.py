@@ -1,0 +1,213 @@
+"""The report of the benchmarks: every case runs, and what is written is well-formed."""
+
+import csv
+import json
+import math
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("psutil", reason="the benchmarks measure memory with psutil")
+if sys.platform == "win32":
+    pytest.skip("the benchmarks measure memory as POSIX systems do", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not beside the tests", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import _report as report  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks._suite import QUANTITIES, Result, Settings  # noqa: E402
+from benchmarks.workloads import WORKLOADS, roofline, scaling, searches  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder with small files in the form of the real ones."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    y = rng.integers(10, size=300)
+    centres = rng.uniform(0, 255, size=(10, 784)) * (rng.random((10, 784)) < 0.2)
+    X = np.clip(centres[y] + rng.normal(scale=20, size=(300, 784)), 0, 255).astype(np.uint8)
+    np.savez(
+        folder / "mnist.npz", X_train=X[:200], y_train=y[:200], X_test=X[200:], y_test=y[200:]
+    )
+    mean = np.exp(rng.normal(size=(400, 2)) @ rng.normal(scale=0.5, size=(2, 640)))
+    counts = sp.csr_matrix(rng.poisson(mean).astype(np.int32))
+    np.savez(
+        folder / "pbmc_facs.npz",
+        data=counts.data,
+        indices=counts.indices,
+        indptr=counts.indptr,
+        shape=counts.shape,
+        reference_genes=np.arange(320),
+        reference_progress=np.array([[1, -5e5, 0.5], [2, -4e5, 0.5]]),
+    )
+    return folder
+
+
+def installed(package):
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "cuda"])
+def test_every_case_of_a_workload_measures_something(name, data, tmp_path, monkeypatch):
+    """Each case gives finite values of known quantities, and a row of the table."""
+    monkeypatch.setattr(roofline, "LONG_ENOUGH", 0.0)
+    # Processes of loky import everything anew, which takes longer than all else here.
+    monkeypatch.delitem(searches.JOBS, "2 jobs, loky")
+    workload = WORKLOADS[name]
+    settings = Settings(data=data, quick=True, scratch=tmp_path)
+    assert workload.obstacle(settings) is None
+    if workload.setup:
+        workload.setup(settings)
+    results = []
+    cases = workload.cases(settings)
+    assert len(set(cases)) == len(cases) > 1
+    for case in cases:
+        if case.package and not installed(case.package):
+            continue
+        trial = case.prepare(settings, *case.arguments)
+        try:
+            values, fitted = trial.run()
+            values = {**values, **trial.judge(fitted)}
+        finally:
+            trial.close()
+        assert values and values.keys() <= QUANTITIES.keys()
+        # A peer may fail on data as small as these.
+        if case.package is None:
+            assert all(np.isfinite(value) for value in values.values()), (case.method, values)
+        timed = [values[one] for one in ("fit", "transform", "search", "pass") if one in values]
+        assert timed and min(timed) > 0
+        results.append(
+            Result(name, case.data, case.method, {one: [values[one]] for one in values})
+        )
+    section = report.Section(workload, results)
+    assert len(report.table_of(results)) == len(results) + 1
+    assert all(isinstance(one.met, bool | np.bool_) and one.measured for one in section.targets())
+    if workload.figure:
+        report.write_figure(section, tmp_path)
+        assert (tmp_path / section.figure_name()).stat().st_size > 1000
+
+
+def test_report_is_written_and_well_formed(tmp_path, capsys):
+    """One command writes Markdown, CSV, JSON and figures that tell the same."""
+    pytest.importorskip("matplotlib")
+    names = ["out_of_core", "reduction"]
+    main(["--quick", "--only", *names, "--repeats", "2", "--output", str(tmp_path)])
+    markdown = (tmp_path / report.MARKDOWN).read_text()
+    assert capsys.readouterr().out.strip() == markdown.strip()
+    content = json.loads((tmp_path / report.JSON).read_text())
+    assert [one["name"] for one in content["workloads"]] == names
+    done, skipped = content["workloads"]
+    assert skipped["skipped"].startswith("Skipped: it needs mnist.npz") and not skipped["results"]
+    assert skipped["skipped"] in markdown
+    assert content["machine"]["cores"].isdigit() and content["quick"] is True
+    assert len(done["results"]) == 3 and not any(one["failure"] for one in done["results"])
+    with open(tmp_path / report.CSV, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for one in done["results"]:
+        # Each run in a process of its own, which has imported what it needs.
+        assert min(one["values"]["peak_memory"]) > 50
+        assert len(one["values"]["fit"]) == 2 and len(one["values"]["latent_r2"]) == 1
+        for quantity, values in one["values"].items():
+            (row,) = (
+                row
+                for row in rows
+                if (row["method"], row["quantity"]) == (one["method"], quantity)
+            )
+            assert int(row["runs"]) == len(values)
+            assert float(row["min"]) == min(values) and float(row["max"]) == max(values)
+            assert float(row["min"]) <= float(row["median"]) <= float(row["max"])
+    assert len(rows) == sum(len(one["values"]) for one in done["results"])
+    assert (tmp_path / "out_of_core.png").is_file() and not (tmp_path / "reduction.png").exists()
+
+
+def test_restructured_text_parses():
+    """The documentation can include the report."""
+    core = pytest.importorskip("docutils.core")
+    results = [
+        Result("binary", "a * b", "of `x`", {"fit": [1.0, 2.0]}),
+        Result("binary", "a * b", "other", failure="failed: ValueError: |x|"),
+    ]
+    section = report.Section(WORKLOADS["binary"], results)
+    text = report.compose([section], {"cores": "2"}, Settings(), report.Restructured())
+    strict = {"report_level": 2, "halt_level": 2, "file_insertion_enabled": False}
+    document = core.publish_doctree(text, settings_overrides=strict).astext()
+    assert "1.5 (1 to 2)" in document and "failed: ValueError: |x|." in document
+
+
+def test_missing_files_and_failures_are_sentences(tmp_path):
+    """What cannot run says why, and does not end the report."""
+    counts = WORKLOADS["counts"]
+    assert "--data" in counts.obstacle(Settings())
+    assert "pbmc_facs.npz not found" in counts.obstacle(Settings(data=tmp_path))
+    failed = Result("counts", "data", "method", failure="failed: ValueError: no")
+    text = report.compose(
+        [report.Section(counts, [failed])], {"cores": "2"}, Settings(), report.Markdown()
+    )
+    assert "data, method: failed: ValueError: no." in text
+
+
+def test_values_that_are_not_finite_stay_valid_json():
+    """JSON has no number for them."""
+    content = report.finite({"a": [1.0, -math.inf], "b": {"c": math.nan}})
+    assert json.loads(json.dumps(content, allow_nan=False)) == {
+        "a": [1, "-inf"],
+        "b": {"c": "nan"},
+    }
+
+
+def test_targets_of_scaling_judge_the_slope_in_rows():
+    """Linear time meets the target and quadratic time does not."""
+
+    def results(power):
+        return [
+            Result(
+                "scaling",
+                scaling.label("n", n),
+                "ours",
+                {"fit": [n**power], "extra_memory": [n / 1e4], "data_memory": [n / 1e4]},
+            )
+            for n in (10_000, 100_000, 1_000_000)
+        ]
+
+    linear, quadratic = (scaling.targets(results(power)) for power in (1, 2))
+    assert [one.met for one in linear] == [True, True]
+    assert [one.met for one in quadratic] == [False, True]
+    assert quadratic[0].measured == "2.00"
+
+
+def test_operations_of_a_pass_are_counted_as_torch_counts_them():
+    """The products of the pass and nothing else."""
+
+    def product_in_place(out, left, right, **_):
+        return 2 * left[0] * left[1] * right[1]
+
+    in_place = {torch.ops.aten.addmm_: product_in_place}
+    n, p, k = 50, 40, 3
+    for kind in roofline.PASSES:
+        method = roofline.PASSES[kind]
+        shape = roofline.Shape(n, p, k, hessians=method == "derivatives")
+        problem, latents = roofline.make_problem("poisson", shape)
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            roofline.one_pass(problem, latents, method)
+        assert counter.get_total_flops() == shape.products()
+
+
+def test_list_names_every_workload(capsys):
+    """Listing runs nothing."""
+    main(["--list"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in WORKLOADS)
