@@ -26,6 +26,7 @@ PASSES = {"value and gradient": "value_and_gradient", "with Hessians": "derivati
 CPU = torch.device("cpu")
 BYTES = 4  # of a float32
 LONG_ENOUGH = 0.2  # seconds
+THREADS = torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,6 @@ def make_problem(family: str, shape: Shape) -> tuple[MapProblem, torch.Tensor]:
     return problem, latents
 
 
-def over_chunks(problem: MapProblem, work) -> list:
-    """Call ``work(low, high)`` for the chunks that a fit would make, on its threads."""
-    with parallel_chunks():
-        return map_chunks(work, problem.n_rows, problem.chunk_rows(), CPU)
-
-
 def one_pass(problem: MapProblem, latents: torch.Tensor, method: str) -> None:
     """Go over all rows as an iteration of a fit does."""
 
@@ -93,7 +88,8 @@ def one_pass(problem: MapProblem, latents: torch.Tensor, method: str) -> None:
         part = problem.chunk(low, high)
         return getattr(part, method)(latents[low:high], torch.arange(high - low))
 
-    over_chunks(problem, work)
+    with parallel_chunks():
+        map_chunks(work, problem.n_rows, problem.chunk_rows(), CPU)
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -122,45 +118,56 @@ def bandwidth(megabytes: int) -> float:
     return 2 * BYTES * len(source) / best_seconds(lambda: target.copy_(source))
 
 
-def tile_rates(problem: MapProblem, family: str) -> tuple[float, float]:
-    """Return (entries a second of the mean function, bytes a second in the cache of a tile)."""
-    entries = problem.n_rows * problem.q
-
-    def elementwise(function):
-        def work(low, high):
-            source, target = tile(problem, low, high), tile(problem, low, high)
-            for _ in range(0, problem.q, source.shape[1]):
-                function(source, target)
-
-        return best_seconds(lambda: over_chunks(problem, work))
-
-    mean = elementwise(lambda source, target: MEANS[family](source, out=target))
-    scale = elementwise(lambda source, target: source.mul_(1.0))
-    return entries / mean, 2 * BYTES * entries / scale
-
-
-def tile(problem: MapProblem, low: int, high: int) -> torch.Tensor:
-    """Return zeros in the shape of the tiles of a chunk."""
-    width = max(64, min(problem.q, problem._tile_entries() // (high - low)))
-    return torch.zeros(high - low, width)
-
-
-def narrow_gemm_rate(problem: MapProblem, latents: torch.Tensor, shape: Shape) -> float:
-    """Return operations a second of the products of the pass and nothing else."""
-    generator = torch.Generator().manual_seed(0)
-    upper = shape.k * (shape.k + 1) // 2 if shape.hessians else 0
+def summed_rate(make_task, amount: float) -> float:
+    """Return how much a second all threads do that a fit would use, each on memory of its own."""
 
     def work(low, high):
-        out = tile(problem, low, high)
-        width = out.shape[1]
-        expand = torch.randn(shape.k + 1, width, generator=generator)
-        collect = torch.randn(shape.k + upper, width, generator=generator)
-        z = torch.randn(high - low, shape.k + 1, generator=generator)
-        for _ in range(0, problem.q, width):
-            torch.mm(z, expand, out=out)
-            collect @ out.T
+        # Allocated once: what a pass loses by asking for memory is not the machine's rate.
+        return amount / best_seconds(make_task())
 
-    return shape.products() / best_seconds(lambda: over_chunks(problem, work))
+    with parallel_chunks():
+        return sum(map_chunks(work, THREADS, 1, CPU))
+
+
+def tile_shape(problem: MapProblem) -> tuple[int, int]:
+    """Return the rows and columns of the tiles of a pass."""
+    rows = min(problem.chunk_rows(), problem.n_rows)
+    return rows, max(64, min(problem.q, problem._tile_entries() // rows))
+
+
+def tile_rates(problem: MapProblem, family: str) -> tuple[float, float]:
+    """Return (entries a second of the mean function, bytes a second in the cache of a tile)."""
+    shape = tile_shape(problem)
+
+    def mean():
+        source, target = torch.zeros(shape), torch.zeros(shape)
+        return lambda: MEANS[family](source, out=target)
+
+    def scaling():
+        source = torch.zeros(shape)
+        return lambda: source.mul_(1.0)
+
+    entries = shape[0] * shape[1]
+    return summed_rate(mean, entries), summed_rate(scaling, 2 * BYTES * entries)
+
+
+def narrow_gemm_rate(problem: MapProblem, shape: Shape) -> float:
+    """Return operations a second of the products of a tile and nothing else."""
+    rows, columns = tile_shape(problem)
+    results = shape.k + (shape.k * (shape.k + 1) // 2 if shape.hessians else 0)
+
+    def products():
+        latents, expand = torch.ones(rows, shape.k + 1), torch.ones(shape.k + 1, columns)
+        collect, out = torch.ones(results, columns), torch.zeros(rows, columns)
+        sums = torch.zeros(results, rows)
+
+        def task():
+            torch.mm(latents, expand, out=out)
+            torch.mm(collect, out.T, out=sums)
+
+        return task
+
+    return summed_rate(products, Shape(rows, columns, shape.k, shape.hessians).products())
 
 
 # --- the cases ----------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def prepare(settings: Settings, family: str, n: int, p: int, k: int, kind: str) 
         seconds = best_seconds(lambda: one_pass(problem, latents, method))
         mean_rate, cache = tile_rates(problem, family)
         square = gemm_rate(256 if settings.quick else 2048)
-        narrow = narrow_gemm_rate(problem, latents, shape)
+        narrow = narrow_gemm_rate(problem, shape)
         memory = bandwidth(16 if settings.quick else 256)
         rest = n * p / mean_rate + shape.memory_traffic() / memory
         bound = shape.products() / square + rest
