@@ -13,7 +13,7 @@ from benchmarks import _common as common
 from benchmarks._suite import Case, Result, Settings, Workload
 
 # A case that has taken this many seconds is not repeated any more.
-LONG_ENOUGH = 20.0
+LONG_ENOUGH = 10.0
 # What the processes have in common, imported once and inherited.
 PRELOADED = ["skdeq", "sklearn.linear_model", "sklearn.decomposition", "benchmarks._common"]
 

@@ -18,7 +18,7 @@ FASTER = 8  # times, to a better likelihood
 MAX_ITER = 500
 PEERS = ("fastglmpca", "glmpca-fast")
 # At most, for one fit to the genes of the published run, and to all.
-DENSE_SECONDS, SPARSE_SECONDS, QUICK_SECONDS = 300.0, 60.0, 1.0
+DENSE_SECONDS, SPARSE_SECONDS, QUICK_SECONDS = 300.0, 30.0, 1.0
 
 # --- the fits -----------------------------------------------------------------------------------
 
