@@ -6,6 +6,7 @@
 # links of the names of other projects' classes, for which the network is needed; without it they
 # are plain text.
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -75,7 +76,11 @@ sphinx_gallery_conf = {
 
 html_theme = "pydata_sphinx_theme"
 html_title = "skdeq"
-html_static_path = ["_static"]
+# Formulas are set by a copy of MathJax that lies beside the pages, so that they read without the
+# network. The package's own hook is left alone: it would keep the build from running in parallel.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["custom.css"]
 html_show_sourcelink = False
 # Pages without others beside them have the full width, and so have those with code in columns.
