@@ -152,6 +152,10 @@ class MapProblem:
         self._typical = float((curvature * self._square).sum()) / self.r
         self._relative = self.design.new_ones(self.n_rows)
 
+    def tile_columns(self, rows: int) -> int:
+        """Return how many features a tile of so many rows has, so that it stays in the cache."""
+        return max(64, min(self.q, self._tile // max(rows, 1)))
+
     def chunk_rows(self) -> int:
         """Rows to be worked on at a time; a matter of the shape and device, not of the threads."""
         n, q = self.n_rows, self.q
@@ -255,7 +259,7 @@ class MapProblem:
         Through a canonical map the terms are those of the energy, which has T(x) in it.
         """
         expanded = self._predictors(z, rows)
-        width = max(64, min(self.q, self._tile // max(len(z), 1)))
+        width = self.tile_columns(len(z))
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)
