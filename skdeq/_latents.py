@@ -16,6 +16,8 @@ __all__ = ["fit_start_map", "laplace_log_likelihood", "solve_latents", "typical_
 
 # Up to this rank a Hessian for every row costs less than the iterations it saves.
 _NEWTON_RANK = 16
+# From this rank on a prediction of the latents costs less than the steps it saves.
+_LEAST_RANK_TO_PREDICT = 4
 # Sample sizes of the average variances, which only shape steps.
 _VARIANCE_ROWS = 4096
 _VARIANCE_COLUMNS = 1024
@@ -56,8 +58,8 @@ def solve_latents(
     start : Tensor of shape (n, k), optional
         Where to start.
     start_map : Tensor of shape (k + 1, k), optional
-        From :func:`fit_start_map`: where Anderson acceleration starts without ``start``, if the
-        variance has a bound. All else starts from zero, which is inside any domain.
+        From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
+        ``start``. All else starts from zero, which is inside any domain.
 
     Returns
     -------
@@ -99,8 +101,13 @@ def solve_latents(
     n = problem.n_rows
     if start is not None:
         begin = start
-    elif method == "anderson" and bounded and start_map is not None and not upper:
-        begin = linear_start(problem, start_map)  # type: ignore[arg-type]
+    elif (
+        start_map is not None
+        and isinstance(problem, MapProblem)
+        and method != "picard"
+        and problem.r >= _LEAST_RANK_TO_PREDICT
+    ):
+        begin = linear_start(problem, start_map)
     else:
         begin = loadings.new_zeros(n, problem.r)
 
@@ -170,9 +177,25 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
 
 
 def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
-    """Predict the latents of every row from its gradient at zero."""
-    gradient = _gradient_at_zero(problem)
-    return torch.addmm(start_map[-1], gradient, start_map[:-1])
+    """Predict the latents of every row from its gradient at zero.
+
+    Where the variance has no bound a prediction may be far off, and is not used unless it is
+    better than zero.
+    """
+    design = problem.design
+    bounded = problem.scale_is_bounded
+
+    def work(low: int, high: int) -> Tensor:
+        part, rows = problem.chunk(low, high), torch.arange(high - low, device=design.device)
+        zero = design.new_zeros(high - low, problem.r)
+        if bounded:
+            return torch.addmm(start_map[-1], part.bare_gradient(zero, rows), start_map[:-1])
+        objective, gradient = part.value_and_gradient(zero, rows)
+        predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
+        better = part.objective(predicted, rows) < objective
+        return torch.where(better.unsqueeze(1), predicted, zero)
+
+    return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
 
 
 def laplace_log_likelihood(

@@ -134,6 +134,8 @@ class MapProblem:
         self._least = spread / self.r * torch.finfo(design.dtype).eps
         self._longest = math.sqrt(longest)
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
+        # What the chunks share, made when the first of them asks for it.
+        self._shared: dict[str, Tensor] = {}
         self.scale_is_bounded = family.variance_bound is not None
         self._set_map(curvature, shared_map)
 
@@ -154,7 +156,7 @@ class MapProblem:
 
     def tile_columns(self, rows: int) -> int:
         """Return how many features a tile of so many rows has, so that it stays in the cache."""
-        return max(64, min(self.q, self._tile // max(rows, 1)))
+        return min(self.q, max(64, self._tile // max(rows, 1)))
 
     def chunk_rows(self) -> int:
         """Rows to be worked on at a time; a matter of the shape and device, not of the threads."""
@@ -266,14 +268,14 @@ class MapProblem:
         weighted = self.weight is not None or missing is not None
         canonical = self.family.is_canonical
         statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
-        first, second = self._upper
-        if hessian:
-            width = max(16, min(width, _HESSIAN_ENTRIES // len(first)))
+        pairs = self._pairs() if hessian else None
+        if hessian and pairs is None:
+            width = max(16, min(width, _HESSIAN_ENTRIES // self._upper.shape[1]))
         total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope: Tensor | Any = z.new_zeros(self.r, len(z)) if gradient else None
-        bend: Tensor | Any = z.new_zeros(len(first), len(z)) if hessian else None
+        bend: Tensor | Any = z.new_zeros(self._upper.shape[1], len(z)) if hessian else None
         size: Tensor | Any = z.new_zeros(len(z)) if curvature else None
-        buffer = z.new_empty(len(z), min(width, self.q))
+        buffer = z.new_empty(len(z), width)
         for start in range(0, self.q, width):
             stop = min(start + width, self.q)
             eta = (
@@ -307,8 +309,9 @@ class MapProblem:
             if gradient:
                 slope.addmm_(collect[1:], mean.T)
             if hessian:
-                tile = self._expand[:, start:stop]
-                bend.addmm_(collect[1:][first] * tile[second], variance.T)
+                columns = slice(start, stop)
+                of_tile = self._products(columns) if pairs is None else pairs[:, columns]
+                bend.addmm_(of_tile, variance.T)
             if curvature:
                 size += torch.mv(variance, self._square[start:stop])
         return total, slope, bend, size
@@ -391,6 +394,7 @@ class MapProblem:
         )
         hessian = self._symmetric(bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
+        self._size[rows] = size
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         if not self.family.is_canonical:
             bend = self._accumulate(
@@ -410,13 +414,28 @@ class MapProblem:
         residual = self._residual(gradient, z, size)
         return self._penalised(total, z, rows), gradient, hessian, residual
 
+    def _products(self, columns: slice) -> Tensor:
+        """Products of pairs of columns of the design, weighted, (r (r + 1) / 2, some of q)."""
+        first, second = self._upper
+        return self._collect[1:, columns][first] * self._expand[: self.r, columns][second]
+
+    def _pairs(self) -> Tensor | None:
+        """Those products for all features, kept for the next call where they are not too many."""
+        if self._upper.shape[1] * self.q > _HESSIAN_ENTRIES:
+            return None
+        if "pairs" not in self._shared:
+            self._shared["pairs"] = self._products(slice(None))
+        return self._shared["pairs"]
+
     def _symmetric(self, bend: Tensor) -> Tensor:
         """Matrices (m, r, r) from their upper triangles (r (r + 1) / 2, m)."""
         first, second = self._upper
-        matrix = bend.new_empty(bend.shape[1], self.r, self.r)
-        matrix[:, first, second] = bend.T
-        matrix[:, second, first] = bend.T
-        return matrix
+        places = torch.empty(self.r, self.r, dtype=torch.long, device=bend.device)
+        places[first, second] = places[second, first] = torch.arange(
+            len(first), device=bend.device
+        )
+        # Whole rows are fetched, and the matrices are a view across them.
+        return bend.index_select(0, places.flatten()).T.unflatten(1, (self.r, self.r))
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement f(z) - z of the map whose fixed points are the solutions."""

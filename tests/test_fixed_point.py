@@ -12,10 +12,10 @@ from skdeq.families import FAMILIES, Bernoulli, Gaussian, Poisson, get_family
 from skdeq.fixed_point import (
     SOLVERS,
     FixedPointResult,
+    NewtonSystems,
     anderson,
     newton,
     picard,
-    solve_newton_system,
 )
 
 
@@ -203,7 +203,7 @@ def test_full_step_taken_unseen_decreases_the_objective():
     generator = torch.Generator().manual_seed(0)
     z = 0.5 * torch.randn(200, 2, dtype=torch.float64, generator=generator)
     objective, gradient, hessian, _ = problem.derivatives(z, rows)
-    step = solve_newton_system(hessian, gradient)
+    step = NewtonSystems(hessian).solve(gradient)
     safe = problem.is_safe(step, rows)
     assert 0 < safe.sum() < 200
     decrease = objective - problem.objective(z - step, rows)
@@ -214,12 +214,12 @@ def test_full_step_taken_unseen_decreases_the_objective():
 def test_singular_newton_system_is_damped():
     hessian = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])
     gradient = torch.tensor([[1.0, 1.0], [2.0, 3.0]])
-    step = solve_newton_system(hessian, gradient)
+    step = NewtonSystems(hessian).solve(gradient)
     assert torch.isfinite(step).all()
     torch.testing.assert_close(step[1], torch.tensor([1.0, 3.0]))
     torch.testing.assert_close((hessian[0] @ step[0]), gradient[0], rtol=1e-2, atol=1e-2)
     assert torch.equal(
-        solve_newton_system(torch.full((1, 2, 2), torch.nan), gradient[:1]), torch.zeros(1, 2)
+        NewtonSystems(torch.full((1, 2, 2), torch.nan)).solve(gradient[:1]), torch.zeros(1, 2)
     )
 
 
@@ -266,9 +266,66 @@ def test_tiles_do_not_change_the_result(monkeypatch):
     rows = every(problem)
     z = 0.1 * torch.ones(30, 2, dtype=torch.float64)
     whole = problem.derivatives(z, rows)
+    assert problem.tile_columns(30) == 200
     monkeypatch.setattr(module, "_TILE_ENTRIES", 64 * 30)
-    for one, two in zip(problem.derivatives(z, rows), whole, strict=True):
+    tiled = make_problem("poisson", p=200)
+    assert tiled.tile_columns(30) == 64
+    for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    # Nor does it matter whether the products of pairs of loadings are kept.
+    monkeypatch.setattr(module, "_HESSIAN_ENTRIES", 100)
+    tiled = make_problem("poisson", p=200)
+    for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+class CountedProblem:
+    """A problem that counts the rows whose Hessians it is asked for."""
+
+    def __init__(self, problem):
+        self.problem, self.hessians = problem, 0
+
+    def __getattr__(self, name):
+        return getattr(self.problem, name)
+
+    def derivatives(self, z, rows):
+        self.hessians += len(rows)
+        return self.problem.derivatives(z, rows)
+
+
+@pytest.mark.parametrize("family", ["poisson", "bernoulli", "gamma"])
+def test_using_hessians_again_changes_the_path_and_not_the_solution(family, monkeypatch):
+    import skdeq.fixed_point as module
+
+    assert module._LEAST_RANK_TO_REPEAT < 48
+    problem = make_problem(family, n=40, p=90, k=48, alpha=0.5, scale=0.2)
+    again, fresh = CountedProblem(problem), CountedProblem(problem)
+    repeated = newton(again, zeros(problem), tol=1e-13, max_iter=50)
+    monkeypatch.setattr(module, "_LEAST_RANK_TO_REPEAT", 48)
+    plain = newton(fresh, zeros(problem), tol=1e-13, max_iter=50)
+    assert repeated.converged.all() and plain.converged.all()
+    torch.testing.assert_close(repeated.value, plain.value, rtol=0, atol=1e-9)
+    assert again.hessians < 0.7 * fresh.hessians
+    # The budget is one of steps, of either kind.
+    monkeypatch.setattr(module, "_LEAST_RANK_TO_REPEAT", 0)
+    for steps in (0, 1, 3):
+        short = newton(problem, zeros(problem), tol=1e-14, max_iter=steps)
+        assert (short.n_iter <= steps).all()
+        assert not short.converged.all()
+        _, residual = problem.gradient(short.value, every(problem))
+        left = ~short.converged
+        torch.testing.assert_close(short.residual[left], residual[left])
+
+
+def test_rows_are_alone_with_hessians_used_again():
+    problem = make_problem("poisson", n=40, p=90, k=48, alpha=0.5, scale=0.3)
+    together = newton(problem, zeros(problem), tol=1e-11, max_iter=50)
+    for row in (0, 17, 39):
+        alone = newton(
+            problem.select(torch.tensor([row])), zeros(problem)[:1], tol=1e-11, max_iter=50
+        )
+        torch.testing.assert_close(alone.value[0], together.value[row], rtol=0, atol=1e-12)
+        assert alone.n_iter[0] == together.n_iter[row]
 
 
 def test_gaussian_is_solved_by_one_newton_step():
