@@ -22,7 +22,7 @@ from skdeq._latents import solve_latents
 from skdeq._model import LEAST_EXPOSURE, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
-from skdeq.fixed_point import FixedPointResult
+from skdeq.fixed_point import SOLVERS, FixedPointResult
 from skdeq.implicit import attach_gradient
 
 __all__ = ["EquilibriumLayer"]
@@ -69,10 +69,13 @@ class EquilibriumLayer(nn.Module):
         Map between latent layers.
     alpha : float, default=1.0
         Prior precision of the latents, positive.
+    fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
+        How the equilibrium is solved, see :class:`~skdeq.ExpFamilyDEQ`.
     tol : float, default=1e-6
-        Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`.
+        Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`. Gradients are those
+        of the exact equilibrium, to about the same relative error.
     max_iter : int, default=50
-        Iterations of Newton's method.
+        Iterations of the solver.
 
     Attributes
     ----------
@@ -126,6 +129,7 @@ class EquilibriumLayer(nn.Module):
         hidden_layer_sizes: tuple[int, ...] = (),
         hidden_map: str | CanonicalMap = "tanh",
         alpha: float = 1.0,
+        fixed_point: str = "auto",
         tol: float = 1e-6,
         max_iter: int = 50,
     ) -> None:
@@ -140,6 +144,9 @@ class EquilibriumLayer(nn.Module):
             raise ValueError(
                 f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
             )
+        if fixed_point not in (known := ("auto", *SOLVERS)):
+            raise ValueError(f"fixed_point must be one of {known}; got {fixed_point!r}.")
+        self.fixed_point = fixed_point
         self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
         self.hidden_map = get_canonical_map(hidden_map)
@@ -212,9 +219,10 @@ class EquilibriumLayer(nn.Module):
             return self.loadings.new_zeros(0, self.pairs()[-1][0].shape[1])
         batch = self._batch(x)
         latents = self._solve(batch, start).value
-        latents = attach_gradient(
-            latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
-        )
+        if torch.is_grad_enabled():
+            latents = attach_gradient(
+                latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
+            )
         latents = split_layers(latents, self._upper())[-1]
         return latents if self.rotation is None else latents @ self.rotation
 
@@ -276,7 +284,7 @@ class EquilibriumLayer(nn.Module):
         return solve_latents(
             self._setting(batch),
             *self._detached(),
-            method="newton",
+            method=self.fixed_point,
             tol=self.tol,
             max_iter=self.max_iter,
             start=None if start is None else start.detach(),
