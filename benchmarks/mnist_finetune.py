@@ -80,7 +80,8 @@ class HeadOnPCA:
         # The layer stays unused: the scores stand where its latents would.
         layer = EquilibriumLayer(1, 1)
         trainer = HeadTrainer(layer, head, network._head_options(), rows, network._loss())
-        trainer.fit(np.arange(len(y)), generator)
+        for _ in range(network.max_iter):
+            trainer.pass_once(torch.randperm(len(y), generator=generator).numpy())
         self.head = trainer.head_arrays()
         self.coefs_, self.intercepts_ = self.head.coefs, self.head.intercepts
         return self

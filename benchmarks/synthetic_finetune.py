@@ -9,7 +9,11 @@ The target is z1 + z2, without noise. A head of 100 ReLU units predicts it from 
 of PCA, of UMAP, of the frozen equilibrium, of the equilibrium trained with the head, and the true
 latents. All features are fitted without the target, on the training rows alone. The head, its
 standardised inputs, its minibatches, its first weights and its Adam are DEQRegressor's for every
-method. UMAP is skipped where umap-learn (PyPI) is not installed.
+method; the step size falls linearly over the epochs, since what is left to win is less than the
+noise of steps of one size. UMAP is skipped where umap-learn (PyPI) is not installed.
+
+The row "Bayes rule" is no method but the bound: the mean of the target given x under the law that
+made the data, its loadings and the figure known. One layer only.
 """
 
 import sys
@@ -18,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.decomposition import PCA
 
 from skdeq import DEQRegressor, ExpFamilyDEQ
 from skdeq._head_training import Head, HeadTrainer, TrainingRows
+from skdeq.families import get_family
 from skdeq.nn import EquilibriumLayer
 
 if not __package__:  # run as a file: this folder, and not its parent, is on the path
@@ -47,17 +53,24 @@ LAWS = {
 # its loadings aim at.
 N_HIDDEN, HIDDEN_ALPHA, ETA_SCALE = 30, 4.0, 2.0
 FROZEN, TUNED, TRUE = "frozen equilibrium", "fine-tuned equilibrium", "true latents"
-METHODS = ("PCA", *(["UMAP"] if UMAP else []), FROZEN, TUNED, TRUE)
+BAYES = "Bayes rule"
+METHODS = ("PCA", *(["UMAP"] if UMAP else []), FROZEN, TUNED, BAYES, TRUE)
 
 # --- the data -----------------------------------------------------------------------------------
 
 
-def draw_relu(seed):
+def draw_predictor(law, generator, options):
+    """Return (latents, eta) of one layer; the study of the latents has no ReLU."""
+    latents, eta = study.draw_predictor(LAWS[law]["family"], generator, options)
+    if law == "ReLU-Gaussian":
+        eta = np.maximum(eta + generator.normal(size=study.N_FEATURES), 0)
+    return latents, eta
+
+
+def draw_relu(seed, options):
     """Return (X, latents) of the law that `synthetic_latents.py` does not have."""
     generator = np.random.default_rng(seed)
-    latents = study.figure(study.GRID_SIDE)
-    W = generator.normal(scale=np.sqrt(0.5), size=(2, study.N_FEATURES))
-    mean = np.maximum(latents @ W + generator.normal(size=study.N_FEATURES), 0)
+    latents, mean = draw_predictor("ReLU-Gaussian", generator, options)
     return generator.normal(mean).astype(np.float32), latents
 
 
@@ -84,7 +97,7 @@ def draw(law, seed, options):
     if options.layers == 2:
         X, latents = draw_two_layers(law, seed, options)
     elif law == "ReLU-Gaussian":
-        X, latents = draw_relu(seed)
+        X, latents = draw_relu(seed, options)
     else:
         X, latents = study.draw_data(LAWS[law]["family"], seed, options)
     order = np.random.default_rng(seed).permutation(len(X))
@@ -98,11 +111,11 @@ def draw(law, seed, options):
 # --- the methods --------------------------------------------------------------------------------
 
 
-def orders(n, epochs, seed):
-    """Yield the order of the rows in each epoch, the same for every method."""
+def schedule(n, epochs, seed):
+    """Yield the order of the rows and the step size of each epoch, the same for every method."""
     generator = np.random.default_rng(seed)
-    for _ in range(epochs):
-        yield generator.permutation(n)
+    for epoch in range(epochs):
+        yield generator.permutation(n), DEQRegressor().learning_rate * (1 - epoch / epochs)
 
 
 def errors_of_head(train, test, options, seed):
@@ -116,20 +129,35 @@ def errors_of_head(train, test, options, seed):
     # The layer stays unused: the features stand where its latents would.
     trainer = HeadTrainer(EquilibriumLayer(1, 1), head, peer._head_options(), rows, peer._loss())
     errors = []
-    for order in orders(len(features), options.epochs, seed):
+    for order, step_size in schedule(len(features), options.epochs, seed):
+        for group in trainer.optimiser.param_groups:
+            group["lr"] = step_size
         trainer.pass_once(order)
         predicted = trainer.head_arrays()(test_features)[:, 0] * scale + mean
         errors.append(np.mean(np.square(predicted - test_target)))
     return errors
 
 
+def error_of_bayes_rule(law, test, options, seed):
+    """Return the test error of the mean of the target given x, all else known."""
+    X, target = test
+    latents, eta = draw_predictor(law, np.random.default_rng(seed), options)
+    log_partition = get_family(LAWS[law]["family"]).log_partition(torch.from_numpy(eta))
+    predicted = [
+        softmax(rows @ eta.T - log_partition.sum(1).numpy(), axis=1) @ latents.sum(axis=1)
+        # The figure has so many points that not all rows are weighed at a time.
+        for rows in np.array_split(X.astype(np.float64), -(-len(X) // 500))
+    ]
+    return np.mean(np.square(np.concatenate(predicted) - target))
+
+
 def errors_of_network(network, train, test, options, seed):
     """Return the test error after each epoch of DEQRegressor."""
     (X, target), (X_test, test_target) = train, test
     errors = []
-    for order in orders(len(X), options.epochs, seed):
+    for order, step_size in schedule(len(X), options.epochs, seed):
         # Not fit with warm_start, which forgets Adam's moments between the calls.
-        network.partial_fit(X[order], target[order])
+        network.set_params(learning_rate=step_size).partial_fit(X[order], target[order])
         errors.append(np.mean(np.square(network.predict(X_test) - test_target)))
     return errors
 
@@ -157,6 +185,9 @@ def curves(law, seed, options):
     for name in (FROZEN, TUNED):
         network = DEQRegressor(backbone, fine_tune=name == TUNED, random_state=seed)
         made[name] = errors_of_network(network, (X, target), (X_test, test_target), options, seed)
+    if options.layers == 1:
+        bound = error_of_bayes_rule(law, (X_test, test_target), options, seed)
+        made[BAYES] = [bound] * options.epochs
     return made
 
 
@@ -171,7 +202,7 @@ def mean_and_sd(values):
 
 def table_rows(law, runs):
     """Return the table rows of one law, given {method: errors (seeds, epochs)}."""
-    last = {name: runs[name][:, -1] for name in METHODS}
+    last = {name: errors[:, -1] for name, errors in runs.items()}
     reference = last[TRUE].mean()
     return [
         [law, name, mean_and_sd(errors), f"{errors.mean() / reference:.3g}"]
@@ -187,15 +218,15 @@ def draw_figure(results, file):
     figure = Figure(figsize=(3 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (law, runs) in zip(panels, results.items(), strict=True):
-        for name in METHODS:
-            mean = runs[name].mean(axis=0)
+        for name, errors in runs.items():
+            mean = errors.mean(axis=0)
             panel.plot(
                 np.arange(1, len(mean) + 1),
                 mean,
                 label=name,
                 # What there is to beat and what cannot be beaten recede behind the network.
                 linewidth=2 if name == TUNED else 1,
-                linestyle="--" if name == TRUE else "-",
+                linestyle="--" if name in (BAYES, TRUE) else "-",
             )
         panel.set(title=law, xlabel="epoch", yscale="log")
     panels[0].set_ylabel("test mean squared error")
@@ -211,9 +242,9 @@ def main():
     for name, default, what in (
         ("layers", 1, "latent layers of the data and of the model, 1 or 2"),
         ("seeds", 3, "draws of loadings, rows and data"),
-        ("epochs", 30, "of the head, and of the network"),
-        ("train-rows", 4000, "rows to train on"),
-        ("test-rows", 2000, "rows to test on"),
+        ("epochs", 20, "of the head, and of the network"),
+        ("train-rows", 20000, "rows to train on"),
+        ("test-rows", 5000, "rows to test on"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
@@ -231,7 +262,11 @@ def main():
     with common.without_convergence_warnings():
         for law in options.law:
             draws = [curves(law, seed, options) for seed in range(options.seeds)]
-            results[law] = {name: np.array([one[name] for one in draws]) for name in METHODS}
+            results[law] = {
+                name: np.array([one[name] for one in draws])
+                for name in METHODS
+                if name in draws[0]
+            }
     note = (
         f"Test mean squared error of z1 + z2 after {options.epochs} epochs: mean +- standard "
         f"deviation of {options.seeds} draws; {options.layers} latent layers, "

@@ -40,15 +40,21 @@ def figure(side):
     return points[large_disc | small_disc | diamond]
 
 
+def draw_predictor(family, generator, options):
+    """Return (latents, eta): every point of the figure, and its canonical parameters."""
+    latents = figure(GRID_SIDE // 5 if options.quick else GRID_SIDE)
+    eta = latents @ generator.normal(scale=np.sqrt(0.5), size=(2, N_FEATURES))
+    return latents, options.poisson_scale * eta if family == "poisson" else eta
+
+
 def draw_data(family, seed, options):
     """Return (X as float32, the latents that made it); the seed is that of the loadings too."""
     generator = np.random.default_rng(seed)
-    latents = figure(GRID_SIDE // 5 if options.quick else GRID_SIDE)
-    eta = latents @ generator.normal(scale=np.sqrt(0.5), size=(2, N_FEATURES))
+    latents, eta = draw_predictor(family, generator, options)
     if family == "bernoulli":
         X = generator.random(eta.shape) < 1 / (1 + np.exp(-eta))
     elif family == "poisson":
-        X = generator.poisson(np.exp(options.poisson_scale * eta))
+        X = generator.poisson(np.exp(eta))
     else:
         X = generator.normal(eta)
     return X.astype(np.float32), latents

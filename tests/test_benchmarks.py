@@ -211,3 +211,47 @@ def test_list_names_every_workload(capsys):
     main(["--list"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in WORKLOADS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_study_of_fine_tuning_compares_every_method(monkeypatch, capsys, tmp_path):
+    from benchmarks import synthetic_finetune as study
+
+    pytest.importorskip("matplotlib")
+    # UMAP compiles for half a minute.
+    monkeypatch.setattr(study, "UMAP", None)
+    figure = tmp_path / "curves.png"
+    arguments = ["--quick", "--law", "Bernoulli", "--seeds", "1", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", ["synthetic_finetune", *arguments])
+    study.main()
+    table = capsys.readouterr().out
+    errors = {}
+    for line in table.splitlines():
+        if line.startswith("| Bernoulli"):
+            _, _, method, error, _, _ = line.split("|")
+            errors[method.strip()] = float(error)
+    assert errors.keys() == {"PCA", study.FROZEN, study.TUNED, study.BAYES, study.TRUE}
+    # The bound of all that see the features alone.
+    assert errors[study.BAYES] < min(errors[name] for name in ("PCA", study.FROZEN, study.TUNED))
+    assert figure.stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fine_tuning_on_images_compares_every_method(data, monkeypatch, capsys):
+    from benchmarks import _common as common
+    from benchmarks import mnist_finetune as study
+
+    def load(options):
+        mnist = common.load_mnist(options.data)
+        mnist.X_train, mnist.X_test = (
+            (X > 127).astype(np.float32) for X in (mnist.X_train, mnist.X_test)
+        )
+        return mnist
+
+    monkeypatch.setattr(study, "load", load)
+    arguments = ["--quick", "--data", str(data), "--labels", "60"]
+    monkeypatch.setattr(sys, "argv", ["mnist_finetune", *arguments])
+    study.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 2 * 5
+    assert all(0 <= float(row.split("|")[4]) <= 1 for row in rows)
