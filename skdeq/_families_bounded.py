@@ -103,36 +103,50 @@ class _Logistic(Family):
         """Compute A, mean and variance from one sigmoid in place."""
         a: Tensor | Any = eta.clamp(min=0) if log_partition else None
         mean = eta.sigmoid_()
+        spare: Tensor | Any = torch.empty_like(mean) if log_partition or variance else None
         if log_partition:
             # softplus(eta) = max(eta, 0) - log sigmoid(|eta|): a third of the time of softplus.
-            a.sub_(torch.maximum(mean, 1 - mean).log_())
+            a.sub_(_larger_share(mean, spare).log_())
         if self.n_trials != 1:
             mean.mul_(self.n_trials)
             a = a.mul_(self.n_trials) if log_partition else None
-        v = torch.addcmul(mean, mean, mean, value=-1 / self.n_trials) if variance else None
-        return a, mean, v
+        return a, mean, self._variance(mean, spare) if variance else None
 
-    def summed_statistics_(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+    def summed_statistics_(
+        self, eta: Tensor, *, variance: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | Any]:
         """Sum A over each row with one logarithm for every sixteen entries.
 
         ``sum log(1 + exp(-|eta|)) = -log prod sigmoid(|eta|)``, and sixteen factors of at least
         one half are far from underflow.
         """
-        total = eta.clamp(min=0).sum(-1)
+        spare = eta.clamp(min=0)
+        total = spare.sum(-1)
         mean = eta.sigmoid_()
-        factors = torch.maximum(mean, 1 - mean)
+        # In the same memory: that of a new tensor of this size has to be asked of the system.
+        factors = _larger_share(mean, spare)
         for _ in range(4):
             half = factors.shape[-1] // 2
             if half == 0:
                 break
-            folded = factors[..., :half] * factors[..., half : 2 * half]
+            folded = factors[..., :half].mul_(factors[..., half : 2 * half])
             if factors.shape[-1] % 2:
                 folded[..., 0] *= factors[..., -1]
             factors = folded
         total -= factors.log_().sum(-1)
         if self.n_trials != 1:
-            return total.mul_(self.n_trials), mean.mul_(self.n_trials)
-        return total, mean
+            total.mul_(self.n_trials)
+            mean.mul_(self.n_trials)
+        return total, mean, self._variance(mean, spare) if variance else None
+
+    def _variance(self, mean: Tensor, out: Tensor) -> Tensor:
+        return torch.addcmul(mean, mean, mean, value=-1 / self.n_trials, out=out)
+
+
+def _larger_share(mean: Tensor, out: Tensor) -> Tensor:
+    """Return ``sigmoid(|eta|)`` from ``sigmoid(eta)``."""
+    torch.neg(mean, out=out).add_(1)
+    return torch.maximum(mean, out, out=out)
 
 
 class Bernoulli(_Logistic):

@@ -228,13 +228,18 @@ class Family(_EqualByParameters, ABC):
             self.variance(eta) if variance else None,
         )
 
-    def summed_statistics_(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the sum of A(eta) over each row, shape (m,), and the mean, like `statistics_`.
+    def summed_statistics_(
+        self, eta: Tensor, *, variance: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | Any]:
+        """Compute the sum of A(eta) over each row, shape (m,), mean and variance.
 
-        The sum may be cheaper than its terms, and is as accurate as they are.
+        Like `statistics_`, but the sum may be cheaper than its terms; it is as accurate as they
+        are.
         """
-        log_partition, mean, _ = self.statistics_(eta, log_partition=True)
-        return log_partition.sum(-1), mean
+        log_partition, mean, variances = self.statistics_(
+            eta, log_partition=True, variance=variance
+        )
+        return log_partition.sum(-1), mean, variances
 
 
 class CanonicalMap(_EqualByParameters, ABC):

@@ -284,13 +284,13 @@ class MapProblem:
                 else z.new_empty(len(z), stop - start)
             )
             torch.mm(expanded, self._expand[:, start:stop], out=eta)
-            if canonical and objective and not (hessian or curvature or weighted):
-                sums, mean = self.family.summed_statistics_(eta)
+            log_partition = None
+            if canonical and objective and not weighted:
+                sums, mean, variance = self.family.summed_statistics_(
+                    eta, variance=hessian or curvature
+                )
                 total += sums
-                if gradient:
-                    slope.addmm_(self._collect[1:, start:stop], mean.T)
-                continue
-            if canonical:
+            elif canonical:
                 log_partition, mean, variance = self.family.statistics_(
                     eta, log_partition=objective, variance=hessian or curvature
                 )
@@ -304,7 +304,7 @@ class MapProblem:
                     if one is not None:
                         one.masked_fill_(gaps, 0)
             collect = self._collect[:, start:stop]
-            if objective:
+            if objective and log_partition is not None:
                 total += torch.mv(log_partition, collect[0])
             if gradient:
                 slope.addmm_(collect[1:], mean.T)

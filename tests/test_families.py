@@ -662,8 +662,16 @@ def test_interval():
 def test_summed_statistics_are_the_sums(name, width, dtype):
     family = get_family(name)
     eta = torch.linspace(-30, 10, 4 * width, dtype=dtype).reshape(width, 4).T.contiguous()
-    sums, mean = family.summed_statistics_(eta.clone())
+    sums, mean, nothing = family.summed_statistics_(eta.clone())
+    assert nothing is None
     exact = family.log_partition(eta.double()).sum(1)
     scale = family.log_partition(eta.double()).abs().sum(1) + width
     assert ((sums.double() - exact).abs() <= 8 * torch.finfo(dtype).eps * scale).all()
+    torch.testing.assert_close(mean.double(), family.mean(eta.double()), rtol=1e-5, atol=1e-6)
+    again, mean, variance = family.summed_statistics_(eta.clone(), variance=True)
+    assert torch.equal(again, sums)
+    expected = family.variance(eta.double())
+    # In absolute terms only: of the order of the rounding of the mean, which reaches n_trials.
+    atol = 1e-6 * getattr(family, "n_trials", 1)
+    torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=atol)
     torch.testing.assert_close(mean.double(), family.mean(eta.double()), rtol=1e-5, atol=1e-6)
