@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Head", "HeadOptions", "HeadTrainer", "TrainingRows"]
 
 
+# Scaled residual to which the latents of a minibatch are solved, at least.
+_TOLERANCE = 1e-4
+
+
 @dataclass
 class Head:
     """ReLU network on standardised latents, as numpy arrays.
@@ -24,7 +28,7 @@ class Head:
     Attributes
     ----------
     centre, scale : ndarray of shape (k,)
-        Location and scale of the latents before training.
+        Means of the latents before training, and the root mean square deviation of all.
     coefs : list of ndarray of shape (n_in, n_out)
     intercepts : list of ndarray of shape (n_out,)
     """
@@ -45,8 +49,10 @@ class Head:
     ) -> "Head":
         """Head before training, its weights drawn as those of ``torch.nn.Linear`` are."""
         centre = np.average(latents, axis=0, weights=sample_weight)
-        spread = np.average(np.square(latents - centre), axis=0, weights=sample_weight)
-        scale = np.sqrt(np.where(spread > 1e-12, spread, 1.0))
+        # One scale for all latents: they share a prior and their rotation is arbitrary, so that to
+        # stretch each to unit variance would make what says little as loud as what says much.
+        spread = np.average(np.square(latents - centre), axis=0, weights=sample_weight).mean()
+        scale = np.full_like(centre, np.sqrt(spread if spread > 1e-12 else 1.0))
         sizes = (latents.shape[1], *hidden, n_outputs)
         coefs, intercepts = [], []
         for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
@@ -124,6 +130,8 @@ class HeadTrainer:
         like: dict[str, Any] = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
         self.layer.rotation = None
+        # More digits would drown in the noise of the minibatches.
+        self.layer.tol = max(layer.tol, _TOLERANCE)
         self._centre = to_tensor(head.centre).to(**like)
         self._scale = to_tensor(head.scale).to(**like)
         self._weights = [to_tensor(coef).to(**like).clone() for coef in head.coefs]

@@ -18,8 +18,8 @@ from skdeq._hierarchy import (
     layer_family,
     split_layers,
 )
-from skdeq._latents import solve_latents
-from skdeq._model import LEAST_EXPOSURE, Setting, latent_problem
+from skdeq._latents import solve_latents, typical_variance
+from skdeq._model import LEAST_EXPOSURE, LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import SOLVERS, FixedPointResult
@@ -281,12 +281,21 @@ class EquilibriumLayer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _solve(self, batch: _Batch, start: Tensor | None = None) -> FixedPointResult:
+        setting, (loadings, intercept, upper) = self._setting(batch), self._detached()
+        curvature = None
+        if start is not None and self.is_convex:
+            # A closer guide than the bound of the variance that it stands for.
+            model = LatentModel(loadings, intercept, start.detach())
+            curvature = typical_variance(setting, model, "rows")
         return solve_latents(
-            self._setting(batch),
-            *self._detached(),
+            setting,
+            loadings,
+            intercept,
+            upper,
             method=self.fixed_point,
             tol=self.tol,
             max_iter=self.max_iter,
+            curvature=curvature,
             start=None if start is None else start.detach(),
         )
 
