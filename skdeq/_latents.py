@@ -106,6 +106,8 @@ def solve_latents(
         and isinstance(problem, MapProblem)
         and method != "picard"
         and problem.r >= _LEAST_RANK_TO_PREDICT
+        # Of several solutions the one that is meant is the one found from zero.
+        and setting.family.is_canonical
     ):
         begin = linear_start(problem, start_map)
     else:

@@ -206,13 +206,26 @@ def newton_step(
         return z, objective, residual
     if len(index) < len(z):
         gradient, hessian = gradient[index], hessian[index]
-    step = NewtonSystems(hessian).solve(gradient)
-    at = rows[index]
-    pending = ~problem.is_safe(step, at)
-    moved, _ = backtrack(problem, z[index], step, gradient, objective[index], at, pending)
     result = z.clone()
-    result[index] = moved
+    result[index], *_ = _safeguarded_step(
+        problem, NewtonSystems(hessian), z[index], rows[index], objective[index], gradient
+    )
     return result, objective, residual
+
+
+def _safeguarded_step(
+    problem: FixedPointProblem,
+    systems: NewtonSystems,
+    z: Tensor,
+    rows: Tensor,
+    objective: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton step in every row, checked where it is not known to be safe; (point, step, length)."""
+    step = systems.solve(gradient)
+    pending = ~problem.is_safe(step, rows)
+    point, length = backtrack(problem, z, step, gradient, objective, rows, pending)
+    return point, step, length
 
 
 def backtrack(
@@ -296,10 +309,8 @@ def newton(
         z = value[rows]
         objective, gradient, hessian, found = problem.derivatives(z, rows)
         systems = NewtonSystems(hessian)
-        step = systems.solve(gradient)
-        pending = ~problem.is_safe(step, rows)
         # Rows found solved take the step they have paid for: it squares what error is left.
-        z, length = backtrack(problem, z, step, gradient, objective, rows, pending)
+        z, step, length = _safeguarded_step(problem, systems, z, rows, objective, gradient)
         value[rows], residual[rows] = z, found
         unsolved = found > tol
         n_iter[rows] += unsolved
