@@ -221,7 +221,7 @@ def _safeguarded_step(
     objective: Tensor,
     gradient: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton step in every row, checked where it is not known to be safe; (point, step, length)."""
+    """Newton step in every row, checked where not known to be safe; (point, step, length)."""
     step = systems.solve(gradient)
     pending = ~problem.is_safe(step, rows)
     point, length = backtrack(problem, z, step, gradient, objective, rows, pending)
