@@ -2,7 +2,8 @@
 
 The same head of 100 ReLU units, trained by the same code, sits on the equilibrium trained with it,
 on the frozen equilibrium and on PCA; next to them a plain network with one hidden layer, as wide
-as makes its parameters about as many, with scikit-learn's step size and with the head's. It is
+as makes its parameters about as many, with scikit-learn's step size and with the head's first. The
+steps of the heads and of the equilibrium become shorter from epoch to epoch. The question is
 asked twice: with all labels, and with a stratified draw of few of them. The features are fitted
 without labels on all training rows in either case; the plain network sees the labelled rows alone.
 """
@@ -12,22 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
-from skdeq._base import resolve_device
-from skdeq._head_training import Head, HeadTrainer, TrainingRows
-from skdeq.nn import EquilibriumLayer
 
 if not __package__:  # run as a file: this folder, and not its parent, is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _common as common
+from benchmarks._heads import train_head, train_network
 
-N_COMPONENTS, N_CLASSES = 64, 10
+N_COMPONENTS, N_CLASSES, STEP_SIZE = 64, 10, 0.005
 
 
 @dataclass
@@ -68,21 +67,13 @@ def labelled_rows(y, n_labels, seed):
 class HeadOnPCA:
     """The head of a DEQClassifier on the scores of a fitted PCA."""
 
-    def __init__(self, pca, network):
-        self.pca, self.network = pca, network
+    def __init__(self, pca, network, epochs):
+        self.pca, self.network, self.epochs = pca, network, epochs
 
     def fit(self, X, y):
         """Train for all epochs, as the network does."""
-        network, scores = self.network, self.pca.transform(X)
-        generator = torch.Generator().manual_seed(network.random_state)
-        head = Head.start(scores, None, network.head_layer_sizes, N_CLASSES, generator)
-        rows = TrainingRows(scores, y, None, scores, resolve_device(network.device))
-        # The layer stays unused: the scores stand where its latents would.
-        layer = EquilibriumLayer(1, 1)
-        trainer = HeadTrainer(layer, head, network._head_options(), rows, network._loss())
-        for _ in range(network.max_iter):
-            trainer.pass_once(torch.randperm(len(y), generator=generator).numpy())
-        self.head = trainer.head_arrays()
+        scores = self.pca.transform(X)
+        *_, self.head = train_head(self.network, scores, y, N_CLASSES, self.epochs)
         self.coefs_, self.intercepts_ = self.head.coefs, self.head.intercepts
         return self
 
@@ -91,21 +82,36 @@ class HeadOnPCA:
         return np.mean(self.head(self.pca.transform(X)).argmax(axis=1) == y)
 
 
+class Network:
+    """A DEQClassifier whose steps become shorter from epoch to epoch."""
+
+    def __init__(self, network, epochs):
+        self.network, self.epochs = network, epochs
+
+    def fit(self, X, y):
+        """Train for all epochs."""
+        classes = np.arange(N_CLASSES)
+        *_, network = train_network(self.network, X, y, self.epochs, classes=classes)
+        self.coefs_, self.intercepts_ = network.coefs_, network.intercepts_
+        self.score = network.score
+        return self
+
+
 def methods(features, epochs, seed):
     """Return {label: (classifier, arrays of its features)}."""
     backbone, pca = features["equilibrium"], features["PCA"]
-    # Every method has all its epochs, whether or not the loss still falls.
-    schedule = {"max_iter": epochs, "tol": 0.0, "n_iter_no_change": epochs, "random_state": seed}
-    tuned = DEQClassifier(backbone, **schedule)
-    frozen = DEQClassifier(backbone, fine_tune=False, **schedule)
+    tuned = DEQClassifier(backbone, learning_rate=STEP_SIZE, random_state=seed)
+    frozen = clone(tuned).set_params(fine_tune=False, backbone=backbone)
     encoder = [backbone.loadings_, backbone.intercept_]
     made = {
-        "fine-tuned equilibrium": (tuned, encoder),
-        "frozen equilibrium": (frozen, encoder),
-        "PCA": (HeadOnPCA(pca, frozen), [pca.components_, pca.mean_]),
+        "fine-tuned equilibrium": (Network(tuned, epochs), encoder),
+        "frozen equilibrium": (Network(frozen, epochs), encoder),
+        "PCA": (HeadOnPCA(pca, clone(tuned), epochs), [pca.components_, pca.mean_]),
     }
+    # Every method has all its epochs, whether or not the loss still falls.
+    schedule = {"max_iter": epochs, "tol": 0.0, "n_iter_no_change": epochs, "random_state": seed}
     width = plain_width(backbone.n_features_in_, tuned.head_layer_sizes[0])
-    for step in (0.001, tuned.learning_rate):
+    for step in (0.001, STEP_SIZE):
         plain = MLPClassifier(
             width, learning_rate_init=step, batch_size=tuned.batch_size, **schedule
         )
@@ -165,7 +171,7 @@ def main():
     """Run with all labels and with few."""
     parser = common.parser(__doc__, data=True)
     for name, default, what in (
-        ("epochs", 5, "epochs with all labels"),
+        ("epochs", 8, "epochs with all labels"),
         ("labels", 1000, "rows with a label where those are few"),
         ("few-epochs", 30, "epochs with few labels"),
         ("seeds", 1, "draws of labelled rows, first weights and minibatches"),

@@ -26,15 +26,14 @@ from scipy.special import softmax
 from sklearn.decomposition import PCA
 
 from skdeq import DEQRegressor, ExpFamilyDEQ
-from skdeq._head_training import Head, HeadTrainer, TrainingRows
 from skdeq.families import get_family
-from skdeq.nn import EquilibriumLayer
 
 if not __package__:  # run as a file: this folder, and not its parent, is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _common as common
 from benchmarks import synthetic_latents as study
+from benchmarks._heads import train_head, train_network
 
 try:
     with warnings.catch_warnings():
@@ -111,31 +110,16 @@ def draw(law, seed, options):
 # --- the methods --------------------------------------------------------------------------------
 
 
-def schedule(n, epochs, seed):
-    """Yield the order of the rows and the step size of each epoch, the same for every method."""
-    generator = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        yield generator.permutation(n), DEQRegressor().learning_rate * (1 - epoch / epochs)
-
-
 def errors_of_head(train, test, options, seed):
     """Return the test error after each epoch of a head on features that are given."""
     (features, target), (test_features, test_target) = train, test
     mean, scale = target.mean(), target.std()
-    peer = DEQRegressor(fine_tune=False)
-    generator = torch.Generator().manual_seed(seed)
-    head = Head.start(features, None, peer.head_layer_sizes, 1, generator)
-    rows = TrainingRows(features, (target - mean) / scale, None, features, torch.device("cpu"))
-    # The layer stays unused: the features stand where its latents would.
-    trainer = HeadTrainer(EquilibriumLayer(1, 1), head, peer._head_options(), rows, peer._loss())
-    errors = []
-    for order, step_size in schedule(len(features), options.epochs, seed):
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = step_size
-        trainer.pass_once(order)
-        predicted = trainer.head_arrays()(test_features)[:, 0] * scale + mean
-        errors.append(np.mean(np.square(predicted - test_target)))
-    return errors
+    network = DEQRegressor(random_state=seed)
+    heads = train_head(network, features, (target - mean) / scale, 1, options.epochs)
+    return [
+        np.mean(np.square(head(test_features)[:, 0] * scale + mean - test_target))
+        for head in heads
+    ]
 
 
 def error_of_bayes_rule(law, test, options, seed):
@@ -151,15 +135,13 @@ def error_of_bayes_rule(law, test, options, seed):
     return np.mean(np.square(np.concatenate(predicted) - target))
 
 
-def errors_of_network(network, train, test, options, seed):
+def errors_of_network(network, train, test, options):
     """Return the test error after each epoch of DEQRegressor."""
-    (X, target), (X_test, test_target) = train, test
-    errors = []
-    for order, step_size in schedule(len(X), options.epochs, seed):
-        # Not fit with warm_start, which forgets Adam's moments between the calls.
-        network.set_params(learning_rate=step_size).partial_fit(X[order], target[order])
-        errors.append(np.mean(np.square(network.predict(X_test) - test_target)))
-    return errors
+    X_test, target = test
+    return [
+        np.mean(np.square(trained.predict(X_test) - target))
+        for trained in train_network(network, *train, options.epochs)
+    ]
 
 
 def curves(law, seed, options):
@@ -184,7 +166,7 @@ def curves(law, seed, options):
     backbone = ExpFamilyDEQ(2, random_state=seed, **depth, **LAWS[law]).fit(X)
     for name in (FROZEN, TUNED):
         network = DEQRegressor(backbone, fine_tune=name == TUNED, random_state=seed)
-        made[name] = errors_of_network(network, (X, target), (X_test, test_target), options, seed)
+        made[name] = errors_of_network(network, (X, target), (X_test, test_target), options)
     if options.layers == 1:
         bound = error_of_bayes_rule(law, (X_test, test_target), options, seed)
         made[BAYES] = [bound] * options.epochs

@@ -35,7 +35,11 @@ _PARAMETERS = """
         differentiation of the equilibrium. If not, the head sees frozen latents.
 
     learning_rate : float, default=0.01
-        Step size of Adam, for head and backbone.
+        Step size of Adam for the head.
+
+    backbone_learning_rate : float or None, default=None
+        Step size of Adam for the backbone; None is a third of `learning_rate`, since it
+        knows the data already.
 
     weight_decay : float, default=1e-4
         Decoupled decay of the head's weights.

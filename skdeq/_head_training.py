@@ -76,6 +76,7 @@ class HeadOptions:
 
     fine_tune: bool
     learning_rate: float
+    backbone_learning_rate: float
     weight_decay: float
     batch_size: int
     max_iter: int
@@ -143,7 +144,8 @@ class HeadTrainer:
         ]
         if options.fine_tune:
             backbone = list(self.layer.parameters())
-            groups.append({"params": backbone, "weight_decay": 0.0})
+            rate = options.backbone_learning_rate
+            groups.append({"params": backbone, "weight_decay": 0.0, "lr": rate})
             self._parameters += backbone
         for parameter in self._parameters:
             parameter.requires_grad_()

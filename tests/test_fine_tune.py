@@ -42,7 +42,7 @@ def regressor(family="poisson", **options):
 @pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli", "gamma"])
 def test_learns_and_predicts(family):
     X, label, number = data(family)
-    fitted = classifier(family).fit(X[:300], label[:300])
+    fitted = classifier(family, max_iter=60).fit(X[:300], label[:300])
     # The labels come from latents that twelve noisy entries only hint at.
     assert fitted.score(X[300:], label[300:]) > 0.7
     probability = fitted.predict_proba(X[300:])
@@ -71,6 +71,25 @@ def test_fine_tuning_changes_the_backbone_and_helps():
         )
     assert scores[True] > scores[False] + 0.02
     np.testing.assert_array_equal(backbone.loadings_, before)
+
+
+def test_backbone_has_a_step_size_of_its_own():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    moved = {}
+    for rate in (None, 1e-3, 3e-3):
+        # One minibatch: the first step of Adam is as long as its step size in every entry.
+        fitted = classifier(
+            max_iter=1, batch_size=400, learning_rate=3e-3, backbone_learning_rate=rate
+        ).set_params(backbone=backbone)
+        fitted.fit(X, label)
+        change = np.abs(fitted.backbone_.intercept_ - backbone.intercept_)
+        moved[rate] = np.median(change)
+    np.testing.assert_allclose(moved[None], moved[1e-3], rtol=1e-12)
+    np.testing.assert_allclose(moved[1e-3], 1e-3, rtol=1e-2)
+    np.testing.assert_allclose(moved[3e-3], 3e-3, rtol=1e-2)
+    with pytest.raises(ValueError, match="'backbone_learning_rate' parameter"):
+        classifier(backbone_learning_rate=0.0).fit(X, label)
 
 
 def test_gradient_step_lowers_the_loss_as_autograd_says():
@@ -121,10 +140,10 @@ def test_partial_fit_and_warm_start_go_on(make):
     options = {"classes": np.unique(label)} if make is classifier else {}
     stream = make()
     stream.partial_fit(X[:100], y[:100], **options)
-    for _ in range(8):
+    for _ in range(16):
         for start in range(0, 400, 100):
             stream.partial_fit(X[start : start + 100], y[start : start + 100])
-    assert stream.n_iter_ == len(stream.loss_curve_) == 33
+    assert stream.n_iter_ == len(stream.loss_curve_) == 65
     assert stream.score(X, y) > (0.8 if make is classifier else 0.5)
     again = pickle.loads(pickle.dumps(stream))
     again.partial_fit(X[:100], y[:100])
