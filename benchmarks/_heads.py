@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
+from sklearn.base import clone
 
+from skdeq._base import resolve_device
 from skdeq._head_training import Head, HeadTrainer, TrainingRows
 from skdeq.nn import EquilibriumLayer
 
@@ -18,10 +20,10 @@ def train_head(network, features, targets, n_outputs, epochs):
     """Yield the head of a DEQClassifier or DEQRegressor after each epoch on features as given."""
     generator = torch.Generator().manual_seed(network.random_state)
     head = Head.start(features, None, network.head_layer_sizes, n_outputs, generator)
-    rows = TrainingRows(features, targets, None, features, torch.device("cpu"))
+    rows = TrainingRows(features, targets, None, features, resolve_device(network.device))
     # The layer stays unused: the features stand where its latents would.
     layer = EquilibriumLayer(1, 1)
-    network = network.set_params(fine_tune=False)
+    network = clone(network).set_params(fine_tune=False)
     trainer = HeadTrainer(layer, head, network._head_options(), rows, network._loss())
     plan = schedule(len(features), epochs, network.random_state, network.learning_rate)
     for order, step_size in plan:

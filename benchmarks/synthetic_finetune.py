@@ -8,9 +8,9 @@ between, and the equilibrium has a hidden layer of thirty.
 The target is z1 + z2, without noise. A head of 100 ReLU units predicts it from two features: those
 of PCA, of UMAP, of the frozen equilibrium, of the equilibrium trained with the head, and the true
 latents. All features are fitted without the target, on the training rows alone. The head, its
-standardised inputs, its minibatches, its first weights and its Adam are DEQRegressor's for every
-method; the step size falls linearly over the epochs, since what is left to win is less than the
-noise of steps of one size. UMAP is skipped where umap-learn (PyPI) is not installed.
+centred and scaled inputs, its minibatches, its first weights and its Adam are DEQRegressor's for
+every method; the step size falls linearly over the epochs, since what is left to win is less than
+the noise of steps of one size. UMAP is skipped where umap-learn (PyPI) is not installed.
 
 The row "Bayes rule" is no method but the bound: the mean of the target given x under the law that
 made the data, its loadings and the figure known. One layer only.

@@ -566,7 +566,7 @@ class ExpFamilyDEQ(
                 hidden_layer_sizes=self._layer_sizes()[1:-1],
                 hidden_map=self.hidden_map,
                 alpha=self.alpha,
-                fixed_point=self.fixed_point,
+                fixed_point="newton" if self.fixed_point == "newton" else "auto",
                 tol=self.fixed_point_tol,
                 max_iter=self.fixed_point_max_iter,
             )

@@ -27,8 +27,8 @@ _PARAMETERS = """
         search does, unfits it like any other parameter.
 
     head_layer_sizes : tuple of int, default=(100,)
-        Units of the ReLU layers between the standardised latents and the output; () is a linear
-        head.
+        Units of the ReLU layers between the centred and scaled latents and the output; () is a
+        linear head.
 
     fine_tune : bool, default=True
         Whether loadings and intercept of the backbone are trained with the head, by implicit

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-4
 
 @dataclass
 class Head:
-    """ReLU network on standardised latents, as numpy arrays.
+    """ReLU network on centred and scaled latents, as numpy arrays.
 
     Attributes
     ----------
@@ -131,8 +131,10 @@ class HeadTrainer:
         like: dict[str, Any] = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
         self.layer.rotation = None
-        # More digits would drown in the noise of the minibatches.
-        self.layer.tol = max(layer.tol, _TOLERANCE)
+        if layer.family.variance_bound is not None:
+            # More digits would drown in the noise of the minibatches. Where the variance has no
+            # bound a residual in units of a diagonal Newton step says less about the error.
+            self.layer.tol = max(layer.tol, _TOLERANCE)
         self._centre = to_tensor(head.centre).to(**like)
         self._scale = to_tensor(head.scale).to(**like)
         self._weights = [to_tensor(coef).to(**like).clone() for coef in head.coefs]

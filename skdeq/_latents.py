@@ -1,6 +1,7 @@
 """Latents of given rows under a fitted model, and the likelihoods that rest on them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,7 @@ def solve_latents(
     method: str,
     tol: float,
     max_iter: int,
-    curvature: Tensor | None = None,
+    curvature: Tensor | Callable[[], Tensor] | None = None,
     start: Tensor | None = None,
     start_map: Tensor | None = None,
 ) -> FixedPointResult:
@@ -52,14 +53,15 @@ def solve_latents(
         acceleration with a shared curvature, and Newton's method for the rows it leaves unsolved.
     tol, max_iter :
         Passed to the solver.
-    curvature : Tensor of shape (p,), optional
-        Average variance of each feature, which preconditions Anderson acceleration; by default
-        its bound, where there is one.
+    curvature : Tensor of shape (p,) or callable that returns it, optional
+        Average variance of each feature, which preconditions Anderson acceleration and is not
+        asked for otherwise; by default its bound, where there is one.
     start : Tensor of shape (n, k), optional
         Where to start.
     start_map : Tensor of shape (k + 1, k), optional
         From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
-        ``start``. All else starts from zero, which is inside any domain.
+        ``start``, with four components or more in one layer of a canonical family. All else
+        starts from zero, which is inside any domain.
 
     Returns
     -------
@@ -88,16 +90,13 @@ def solve_latents(
     if method == "auto":
         method = "anderson" if finish else "newton"
     solver = SOLVERS[method]
-    if curvature is None and setting.family.variance_bound is not None:
+    if method != "anderson":
+        curvature = None
+    elif curvature is None and setting.family.variance_bound is not None:
         curvature = torch.full_like(intercept, setting.family.variance_bound)
-    problem = latent_problem(
-        setting,
-        loadings,
-        intercept,
-        upper,
-        curvature if method == "anderson" else None,
-        shared_map=bounded,
-    )
+    elif callable(curvature):
+        curvature = curvature()
+    problem = latent_problem(setting, loadings, intercept, upper, curvature, shared_map=bounded)
     n = problem.n_rows
     if start is not None:
         begin = start
@@ -185,13 +184,12 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
     better than zero.
     """
     design = problem.design
-    bounded = problem.scale_is_bounded
+    if problem.scale_is_bounded:
+        return torch.addmm(start_map[-1], _gradient_at_zero(problem), start_map[:-1])
 
     def work(low: int, high: int) -> Tensor:
         part, rows = problem.chunk(low, high), torch.arange(high - low, device=design.device)
         zero = design.new_zeros(high - low, problem.r)
-        if bounded:
-            return torch.addmm(start_map[-1], part.bare_gradient(zero, rows), start_map[:-1])
         objective, gradient = part.value_and_gradient(zero, rows)
         predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
         better = part.objective(predicted, rows) < objective

@@ -12,6 +12,7 @@ feature. Both halves of the alternation are therefore one piece of code.
 """
 
 import math
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -136,6 +137,7 @@ class MapProblem:
         self._upper = torch.triu_indices(self.r, self.r, device=design.device)
         # What the chunks share, made when the first of them asks for it.
         self._shared: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
         self.scale_is_bounded = family.variance_bound is not None
         self._set_map(curvature, shared_map)
 
@@ -156,7 +158,7 @@ class MapProblem:
 
     def tile_columns(self, rows: int) -> int:
         """Return how many features a tile of so many rows has, so that it stays in the cache."""
-        return min(self.q, max(64, self._tile // max(rows, 1)))
+        return max(1, min(self.q, max(64, self._tile // max(rows, 1))))
 
     def chunk_rows(self) -> int:
         """Rows to be worked on at a time; a matter of the shape and device, not of the threads."""
@@ -430,8 +432,9 @@ class MapProblem:
         """Those products for all features, kept for the next call where they are not too many."""
         if self._upper.shape[1] * self.q > _HESSIAN_ENTRIES:
             return None
-        if "pairs" not in self._shared:
-            self._shared["pairs"] = self._products(slice(None))
+        with self._lock:
+            if "pairs" not in self._shared:
+                self._shared["pairs"] = self._products(slice(None))
         return self._shared["pairs"]
 
     def _symmetric(self, bend: Tensor) -> Tensor:

@@ -309,13 +309,13 @@ def newton(
         z = value[rows]
         objective, gradient, hessian, found = problem.derivatives(z, rows)
         systems = NewtonSystems(hessian)
-        # Rows found solved take the step they have paid for: it squares what error is left.
+        # Rows found solved here take the step they have paid for: it squares what error is left.
         z, step, length = _safeguarded_step(problem, systems, z, rows, objective, gradient)
         value[rows], residual[rows] = z, found
         unsolved = found > tol
         n_iter[rows] += unsolved
-        whole = (unsolved & (length == 1)).nonzero().squeeze(1)
-        if again and len(whole):
+        if again:
+            whole = (unsolved & (length == 1)).nonzero().squeeze(1)
             decrement = (gradient[whole] * step[whole]).sum(1)
             at = rows[whole]
             spare = max_iter - n_iter[at]
@@ -341,15 +341,18 @@ def _repeat(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step with the same Hessians for as long as the decrements shrink; (z, residual, steps).
 
-    The residual is infinite where the row is not found solved.
+    The residual is infinite where the row is not found solved. No Newton step will square the
+    error that is left here, which may exceed a residual in units of a diagonal Newton step by the
+    condition of the Hessian: so a row has to do better than the tolerance by a digit.
     """
+    tol = effective_tolerance(0.1 * tol, z.dtype)
     z, decrement = z.clone(), decrement.clone()
     residual = torch.full_like(decrement, torch.inf)
     taken = torch.zeros_like(spare)
     before = z.clone()
     at = torch.arange(len(z), device=z.device)
     going = spare > 0
-    left = len(at)
+    left = int(going.sum())
     while left:
         if left <= _CROWDED * len(at):
             stay = going.nonzero().squeeze(1)
@@ -358,9 +361,11 @@ def _repeat(
         step = systems.solve(gradient)
         size = (gradient * step).sum(1)
         shrunk = going & (size <= _SHRINKAGE * decrement[at])
-        solved = going & (found <= tol)
+        worse = ~(size <= decrement[at])
+        # Where an overshoot has made the curvature enormous the scaled residual proves nothing.
+        solved = going & (found <= tol) & ~worse
         # The step that led here is taken back if it led astray, unless it was Newton's own.
-        astray = at[going & ~solved & ~(size <= decrement[at])]
+        astray = at[going & worse]
         z[astray] = before[astray]
         residual[at[solved]] = found[solved]
         go = at[shrunk]
@@ -420,7 +425,7 @@ class _Descent:
             return False
         fresh = looks % _REFRESH == 0
         self.gradient, residual = self.problem.gradient(self.z, self.rows, fresh)
-        if not fresh and not self.problem.scale_is_bounded:
+        if not fresh:
             # A certificate is worth something only with the scale of the very point, and a scale
             # from outside the domain is worth nothing.
             claimed = ((residual <= self.tol) | ~torch.isfinite(residual)).nonzero().squeeze(1)
@@ -486,8 +491,8 @@ def picard(
 ) -> FixedPointResult:
     """Solve by repeating the map, ``z <- f(z)``, as the equilibrium layer unrolled would.
 
-    A row whose gradient doubles returns to its best point and halves its step from then on, so
-    that a map that does not contract makes a row slow but not infinite.
+    A row whose gradient is found doubled returns to its best point and halves its step from then
+    on, so that a map that does not contract makes a row slow but not infinite.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from skdeq._latents import solve_latents, typical_variance
 from skdeq._model import LEAST_EXPOSURE, LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
-from skdeq.fixed_point import SOLVERS, FixedPointResult
+from skdeq.fixed_point import FixedPointResult
 from skdeq.implicit import attach_gradient
 
 __all__ = ["EquilibriumLayer"]
@@ -69,8 +70,9 @@ class EquilibriumLayer(nn.Module):
         Map between latent layers.
     alpha : float, default=1.0
         Prior precision of the latents, positive.
-    fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
-        How the equilibrium is solved, see :class:`~skdeq.ExpFamilyDEQ`.
+    fixed_point : {"auto", "newton"}, default="auto"
+        How the equilibrium is solved, see :class:`~skdeq.ExpFamilyDEQ`: the two ways that leave
+        no row unsolved, of which a gradient would be wrong.
     tol : float, default=1e-6
         Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`. Gradients are those
         of the exact equilibrium, to about the same relative error.
@@ -144,8 +146,8 @@ class EquilibriumLayer(nn.Module):
             raise ValueError(
                 f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
             )
-        if fixed_point not in (known := ("auto", *SOLVERS)):
-            raise ValueError(f"fixed_point must be one of {known}; got {fixed_point!r}.")
+        if fixed_point not in ("auto", "newton"):
+            raise ValueError(f"fixed_point must be 'auto' or 'newton'; got {fixed_point!r}.")
         self.fixed_point = fixed_point
         self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
@@ -286,7 +288,7 @@ class EquilibriumLayer(nn.Module):
         if start is not None and self.is_convex:
             # A closer guide than the bound of the variance that it stands for.
             model = LatentModel(loadings, intercept, start.detach())
-            curvature = typical_variance(setting, model, "rows")
+            curvature = partial(typical_variance, setting, model, "rows")
         return solve_latents(
             setting,
             loadings,

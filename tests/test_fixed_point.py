@@ -56,6 +56,20 @@ def test_solvers_agree_where_the_map_contracts(name):
         torch.testing.assert_close(result.value, results["newton"].value, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-6])
+@pytest.mark.parametrize("solver", [anderson, picard])
+@pytest.mark.parametrize("family", ["bernoulli", "poisson"])
+def test_certificates_hold_at_the_very_point(family, solver, tol):
+    # Far from the start the curvature, which is the scale, is a fraction of what it was there.
+    curvature = torch.full((60,), 0.25, dtype=torch.float64) if family == "bernoulli" else None
+    options = {"alpha": 0.1, "scale": 3.0} if family == "bernoulli" else {"alpha": 30.0}
+    problem = make_problem(family, 100, 60, 20, curvature=curvature, shared_map=True, **options)
+    result = solver(problem, zeros(problem), tol=tol, max_iter=1000)
+    _, residual = problem.gradient(result.value, every(problem))
+    assert result.converged.any()
+    assert (residual[result.converged] <= tol * (1 + 1e-9)).all()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_newton_where_the_map_does_not_contract(name):
     problem = make_problem(name, alpha=1e-3, scale=3.0)

@@ -206,8 +206,8 @@ def test_bad_arguments_are_refused_in_words():
         EquilibriumLayer(4, 2, alpha=0.0)
     with pytest.raises(ValueError, match="Unknown family"):
         EquilibriumLayer(4, 2, family="poison")
-    with pytest.raises(ValueError, match="fixed_point must be one of .*'anderson'.*; got 'lbfgs'"):
-        EquilibriumLayer(4, 2, fixed_point="lbfgs")
+    with pytest.raises(ValueError, match="fixed_point must be 'auto' or 'newton'; got 'picard'"):
+        EquilibriumLayer(4, 2, fixed_point="picard")
     with pytest.raises(ValueError, match=r"x must have shape \(n, 4\); got \(3, 5\)"):
         EquilibriumLayer(4, 2)(torch.ones(3, 5))
     assert "family=Gamma(shape=1.0)" in repr(EquilibriumLayer(4, 2, family="gamma"))
