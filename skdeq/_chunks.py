@@ -67,14 +67,15 @@ def parallel_chunks() -> Iterator[None]:
     if getattr(_local, "inside", False):
         yield
         return
-    with _lock:
-        if _shared["inside"] == 0:
-            _shared["threads"] = torch.get_num_threads()
-        _shared["inside"] += 1
-        alone = _shared["inside"] == 1
-        threads = _shared["threads"]
-    pool = None
+    pool, threads, counted = None, 1, False
     try:
+        with _lock:
+            if _shared["inside"] == 0:
+                _shared["threads"] = torch.get_num_threads()
+            _shared["inside"] += 1
+            counted = True
+            alone = _shared["inside"] == 1
+            threads = _shared["threads"]
         if alone and threads > 1:
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
@@ -82,13 +83,27 @@ def parallel_chunks() -> Iterator[None]:
         yield
     finally:
         _local.inside, _local.pool, _local.halvings = False, None, 0
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
-        with _lock:
-            # Below zero in a process that was forked in here, which began to count anew.
-            _shared["inside"] = max(0, _shared["inside"] - 1)
-            # Torch keeps one number per thread and one for threads to come; this sets both.
-            torch.set_num_threads(threads)
+        try:
+            _end(pool)
+        finally:
+            if counted:
+                with _lock:
+                    # Below zero in a process that was forked in here, which began to count anew.
+                    _shared["inside"] = max(0, _shared["inside"] - 1)
+                    # Torch has one number per thread and one for threads to come; this sets both.
+                    torch.set_num_threads(threads)
+
+
+def _end(pool: ThreadPoolExecutor | None) -> None:
+    """Wait for the threads of a pool to end, also if the wait itself is interrupted."""
+    if pool is None:
+        return
+    try:
+        pool.shutdown(wait=True, cancel_futures=True)
+    except BaseException:
+        # Ctrl-C while waiting; the threads finish their chunk and no more.
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
 
 
 def map_chunks(

@@ -1,7 +1,7 @@
 """Training of the implicit-EM encoder: epochs of minibatches with closed-form gradients."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -228,6 +228,12 @@ class EncoderTrainer:
         self, sample_weight: Tensor | None, generator: torch.Generator, progress: Progress
     ) -> EncoderTrace:
         """Train for at most `max_iter` epochs, until the loss stops falling or is lost."""
+        with self._threads():
+            return self._fit(sample_weight, generator, progress)
+
+    def _fit(
+        self, sample_weight: Tensor | None, generator: torch.Generator, progress: Progress
+    ) -> EncoderTrace:
         options, rows, trace = self.options, self.rows, EncoderTrace()
         best, quiet = torch.inf, 0
         for _ in range(options.max_iter):
@@ -250,17 +256,22 @@ class EncoderTrainer:
     def fit_once(self, sample_weight: Tensor | None, trace: EncoderTrace) -> EncoderTrace:
         """Go on from `trace` by one pass over the rows as they come."""
         order = torch.arange(self.rows.n_rows, device=self.rows.home)
-        self._safe_epoch(sample_weight, order, trace)
+        with self._threads():
+            self._safe_epoch(sample_weight, order, trace)
         return trace
+
+    def _threads(self) -> AbstractContextManager[None]:
+        """Where a step is small, one thread for it and another to fetch rows."""
+        batch = min(self.options.batch_size, self.rows.n_rows)
+        small = batch * self.weights.numel() < _LEAST_THREADED
+        return parallel_chunks() if small else nullcontext()
 
     def _safe_epoch(
         self, sample_weight: Tensor | None, order: Tensor, trace: EncoderTrace
     ) -> None:
         """Run an epoch and write it down, or undo it if it left the finite numbers."""
         before = self.weights.clone()
-        small = min(self.options.batch_size, len(order)) * self.weights.numel() < _LEAST_THREADED
-        with parallel_chunks() if small else nullcontext():
-            loss = self.epoch(sample_weight, order)
+        loss = self.epoch(sample_weight, order)
         if np.isfinite(loss) and bool(torch.isfinite(self.weights).all()):
             trace.loss_curve.append(loss)
             trace.n_iter += 1

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import joblib
 import numpy as np
@@ -95,6 +96,22 @@ def test_threads_share_the_cores(two_threads):
         worker.join(timeout=60)
     # One of them has the pool that torch's two threads are worth, the others none.
     assert sorted(counts) == [(1, 0), (1, 0), (1, 2)]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_interrupt_while_threads_end_leaves_none(two_threads, monkeypatch):
+    before, shutdown = threading.enumerate(), chunks.ThreadPoolExecutor.shutdown
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(pool, **options):
+        for interrupt in interrupts:
+            raise interrupt
+        shutdown(pool, **options)
+
+    monkeypatch.setattr(chunks.ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt), parallel_chunks():
+        chunks.map_chunks(lambda *_: time.sleep(0.05), 4, 1, torch.device("cpu"))
+    assert threading.enumerate() == before
     assert torch.get_num_threads() == 2
 
 

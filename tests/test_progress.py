@@ -241,7 +241,7 @@ import signal, threading
 import numpy as np, torch
 from skdeq import DEQClassifier, ExpFamilyDEQ, ImplicitEMEncoder
 
-X = np.random.default_rng(0).poisson(1.0, size=(2_000, 40)).astype(float)
+X = np.random.default_rng(0).poisson(1.0, size=(10_000, 40)).astype(float)
 y = np.arange(len(X)) % 2
 options = {{"max_iter": 100_000, "tol": 0, "verbose": 1}}
 estimator = {estimator}
