@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentVariableEstimator"]
 
+# Share of the deviance that is next to nothing, rounding apart.
+_NOTHING = 1e-6
+
 
 class LatentVariableEstimator(LatentLayout):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
@@ -161,6 +164,14 @@ class LatentVariableEstimator(LatentLayout):
                 stacklevel=4,
             )
         store(self, (model, trace))
+        if self.explained_deviance_ratio_.sum() < _NOTHING:
+            warnings.warn(
+                f"All {k} components of {type(self).__name__} are zero: the penalties "
+                f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g} outweigh all that "
+                "the rows tell. Lower weight_decay, or check that the rows differ.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
         return setting, model
 
     def _options(self) -> FitOptions:

@@ -20,8 +20,8 @@ from skdeq._chunks import map_chunks
 from skdeq._latents import typical_variance
 from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, column_problem, row_problem
+from skdeq._newton import backtrack, newton_step
 from skdeq._progress import Progress
-from skdeq.fixed_point import backtrack, newton_step
 
 __all__ = ["Scoring", "balance"]
 

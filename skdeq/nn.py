@@ -217,11 +217,9 @@ class EquilibriumLayer(nn.Module):
         Tensor of shape (n, k)
             Latents of the top layer, or scores where there is a rotation.
         """
-        if not len(x):
-            return self.loadings.new_zeros(0, self.pairs()[-1][0].shape[1])
         batch = self._batch(x)
         latents = self._solve(batch, start).value
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and len(x):
             latents = attach_gradient(
                 latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
             )
@@ -283,6 +281,8 @@ class EquilibriumLayer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _solve(self, batch: _Batch, start: Tensor | None = None) -> FixedPointResult:
+        if not len(batch.statistic):
+            return self._of_no_rows()
         setting, (loadings, intercept, upper) = self._setting(batch), self._detached()
         curvature = None
         if start is not None and self.is_convex:
@@ -300,6 +300,11 @@ class EquilibriumLayer(nn.Module):
             curvature=curvature,
             start=None if start is None else start.detach(),
         )
+
+    def _of_no_rows(self) -> FixedPointResult:
+        nothing = self.loadings.new_zeros(0)
+        latents = nothing.view(0, sum(one.shape[1] for one, _ in self.pairs()))
+        return FixedPointResult(latents, nothing, nothing.bool(), nothing.long())
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -488,6 +488,22 @@ class TestStreams:
         np.testing.assert_allclose(dense.loadings_, sparse.loadings_, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli"])
+def test_a_model_that_its_penalties_emptied_says_so(family, dtype):
+    X = sample(family, n=200, p=8).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExpFamilyDEQ(2, family=family).fit(X)
+    with pytest.warns(ConvergenceWarning, match=r"All 2 components .* weight_decay=1e\+08 outweigh"):
+        empty = ExpFamilyDEQ(2, family=family, weight_decay=1e8).fit(X)
+    np.testing.assert_allclose(empty.transform(X), 0, atol=1e-6)
+    if family == "gaussian":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ExpFamilyDEQ(2, weight_decay=1e-20).fit(1e-8 * X)
+
+
 @pytest.mark.parametrize("family", ["gaussian", "poisson", "negative_binomial", "gamma"])
 def test_adam_that_diverges_keeps_the_best_parameters(family):
     X = sample(family, n=200, p=12)

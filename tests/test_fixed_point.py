@@ -7,12 +7,12 @@ from conftest import sample
 from scipy.optimize import minimize
 
 from skdeq._map_problem import MapProblem
+from skdeq._newton import NewtonSystems
 from skdeq._observations import CompressedRows, Observations
 from skdeq.families import FAMILIES, Bernoulli, Gaussian, Poisson, get_family
 from skdeq.fixed_point import (
     SOLVERS,
     FixedPointResult,
-    NewtonSystems,
     anderson,
     newton,
     picard,
@@ -309,7 +309,7 @@ class CountedProblem:
 
 @pytest.mark.parametrize("family", ["poisson", "bernoulli", "gamma"])
 def test_using_hessians_again_changes_the_path_and_not_the_solution(family, monkeypatch):
-    import skdeq.fixed_point as module
+    import skdeq._newton as module
 
     assert module._LEAST_RANK_TO_REPEAT < 48
     problem = make_problem(family, n=40, p=90, k=48, alpha=0.5, scale=0.2)

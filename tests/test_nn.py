@@ -124,6 +124,9 @@ def test_inputs_of_other_types_and_none_at_all():
     module, x, deq = layer("poisson")
     np.testing.assert_allclose(module(x.int()).detach(), module(x).detach())
     assert module(x[:0]).shape == (0, 2)
+    assert module.certify(x[:0]).converged.shape == (0,)
+    with pytest.raises(ValueError, match="x must have shape"):
+        module(x[:0, 1:])
     fresh = EquilibriumLayer(9, 2, family="poisson").double()
     scores = deq.set_params(whiten=False).to_module()
     fresh.load_state_dict(scores.state_dict())

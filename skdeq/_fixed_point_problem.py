@@ -1,0 +1,93 @@
+"""What a fixed-point problem offers its solvers, and what they return."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CROWDED", "FixedPointProblem", "FixedPointResult", "effective_tolerance"]
+
+# Share of the rows at work beyond which solved ones are not worth taking out.
+CROWDED = 0.8
+
+
+@dataclass(frozen=True)
+class FixedPointResult:
+    """Solution of every row with its certificate of convergence.
+
+    Attributes
+    ----------
+    value : Tensor or ndarray of shape (n_rows, r)
+        The solutions.
+    residual : Tensor or ndarray of shape (n_rows,)
+        Scaled residual, see :meth:`FixedPointProblem.gradient`: of the returned value or, with
+        Newton's method, of the point one step before it.
+    converged : Tensor or ndarray of shape (n_rows,)
+        Whether the residual is within the tolerance.
+    n_iter : Tensor or ndarray of shape (n_rows,)
+        Iterations that each row took part in.
+    layers : tuple of Tensor or ndarray of shape (n_rows, r_l)
+        The unknowns of each layer, from the data to the top, where there are several layers: a
+        view of `value`. With one layer it is `value` alone.
+    layer_sizes : tuple of int
+        Numbers of unknowns of the layers; empty stands for one layer.
+    """
+
+    value: Tensor
+    residual: Tensor
+    converged: Tensor
+    n_iter: Tensor
+    layer_sizes: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def layers(self) -> tuple[Tensor, ...]:
+        """Unknowns of each layer, from the data to the top."""
+        if not self.layer_sizes:
+            return (self.value,)
+        ends = list(accumulate(self.layer_sizes))
+        return tuple(
+            self.value[:, end - size : end]
+            for end, size in zip(ends, self.layer_sizes, strict=True)
+        )
+
+
+class FixedPointProblem(Protocol):
+    """What the solvers ask of a problem; ``rows`` are the indices of the rows still at work."""
+
+    scale_is_bounded: bool
+    """Whether the curvature that scales the residual has a bound, and so cannot go far astray
+    between two evaluations."""
+
+    terms: float
+    """Weight of the terms that the objective of a row sums up: what its rounding grows with."""
+
+    def objective(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Objective of each row, float64, shape (m,); infinite outside the domain."""
+
+    def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
+        """Gradient (m, r) and the scaled residual (m,) at ``z``.
+
+        Unless ``fresh``, the scale may be the one of the last call for these rows.
+        """
+
+    def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Gradient (m, r) alone."""
+
+    def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Displacement ``f(z) - z`` (m, r) of the problem's own map, from the gradient."""
+
+    def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,)."""
+
+    def select(self, index: Tensor) -> "FixedPointProblem":
+        """Return the problem of some rows, in the order given."""
+
+    def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
+        """Where a full Newton step is known to decrease the objective, bool (m,)."""
+
+
+def effective_tolerance(tol: float, dtype: torch.dtype) -> float:
+    """Tolerance that arithmetic in ``dtype`` can meet."""
+    return max(tol, 8 * torch.finfo(dtype).eps)

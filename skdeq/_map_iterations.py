@@ -1,0 +1,233 @@
+"""Iterations of the equilibrium map itself: plain, and with Anderson acceleration."""
+
+import torch
+from torch import Tensor
+
+from skdeq._fixed_point_problem import (
+    CROWDED,
+    FixedPointProblem,
+    FixedPointResult,
+    effective_tolerance,
+)
+
+__all__ = ["anderson", "picard"]
+
+# Past iterates that Anderson acceleration combines. Measured on binarised MNIST (k = 50): 2 need
+# 18 iterations, 3 need 14.1, 4 need 13.8, 10 need 13.2, and the cost of an iteration grows with
+# the memory.
+_MEMORY = 4
+# Iterations between looks at the rows: who is solved, and who has to go back. A look costs about
+# half of what else an iteration does besides its matrix products.
+_LOOK = 2
+# Looks between evaluations of the curvature that scales the residual.
+_REFRESH = 4
+
+
+class _Descent:
+    """Rows still at work of a solver without a line search, and the best point of each.
+
+    Points are compared by their gradients. The scaled residual would not do: where an overshoot
+    has made the curvature enormous, it is small far from any solution. A row whose gradient
+    doubles goes back to its best point and halves its step from then on.
+    """
+
+    # Of the rows at work, from the first evaluation on.
+    gradient: Tensor
+    failed: Tensor
+
+    def __init__(self, problem: FixedPointProblem, start: Tensor, tol: float, max_iter: int):
+        n_rows = len(start)
+        self.problem, self.tol, self._last = problem, tol, max_iter
+        # Where the curvature has no bound a step may go astray, and the next ones farther.
+        self._interval = _LOOK if problem.scale_is_bounded else 1
+        self.result = FixedPointResult(
+            start.clone(),
+            start.new_full((n_rows,), torch.inf),
+            torch.zeros(n_rows, dtype=torch.bool, device=start.device),
+            torch.zeros(n_rows, dtype=torch.long, device=start.device),
+        )
+        # Place of each row at work in the result, and its number in the problem at work.
+        self._places = torch.arange(n_rows, device=start.device)
+        self.rows = self._places
+        self._open = torch.ones(n_rows, dtype=torch.bool, device=start.device)
+        self._n_open = n_rows
+        self.z = start.clone()
+        self.damping = start.new_ones(n_rows, 1)
+        self.any_failed = False
+        self._best = start.clone()
+        self._size = start.new_full((n_rows,), torch.inf)
+        self._residual = self._size.clone()
+
+    def evaluate(self, iteration: int) -> bool:
+        """Evaluate the gradient at ``z``; return whether the rows have been looked at as well.
+
+        If so, what got worse is sent back and marked as ``failed``.
+        """
+        looks, between = divmod(iteration, self._interval)
+        if between and iteration < self._last:
+            self.gradient = self.problem.bare_gradient(self.z, self.rows)
+            return False
+        fresh = looks % _REFRESH == 0
+        self.gradient, residual = self.problem.gradient(self.z, self.rows, fresh)
+        if not fresh:
+            # A certificate is worth something only with the scale of the very point, and a scale
+            # from outside the domain is worth nothing.
+            claimed = ((residual <= self.tol) | ~torch.isfinite(residual)).nonzero().squeeze(1)
+            if len(claimed):
+                at = self.problem.gradient(self.z[claimed], self.rows[claimed])
+                residual[claimed] = at[1]
+        size = self.gradient.abs().amax(1)
+        better = size < self._size
+        self.failed = ~(size <= 2 * self._size)
+        self._best = torch.where(better.unsqueeze(1), self.z, self._best)
+        self._size = torch.where(better, size, self._size)
+        self._residual = torch.where(better, residual, self._residual)
+        back = self.failed.nonzero().squeeze(1)
+        self.any_failed = len(back) > 0
+        if self.any_failed:
+            self.damping[back] *= 0.5
+            self.z[back] = self._best[back]
+            self.gradient[back] = self.problem.bare_gradient(self._best[back], self.rows[back])
+        return True
+
+    def retire(self) -> Tensor | None:
+        """Write down the rows that are solved; return the others once it pays to leave them.
+
+        A row that is written down may be worked on a little longer, until a fifth are: moving the
+        others together costs more than that.
+        """
+        done = ((self._residual <= self.tol) & self._open).nonzero().squeeze(1)
+        if not len(done):
+            return None
+        self._write(done)
+        self._open[done] = False
+        self._n_open -= len(done)
+        if self._n_open > CROWDED * len(self.rows):
+            return None
+        stay = self._open.nonzero().squeeze(1)
+        for name in ("_places", "_open", "z", "damping", "gradient", "failed"):
+            setattr(self, name, getattr(self, name)[stay])
+        for name in ("_best", "_size", "_residual"):
+            setattr(self, name, getattr(self, name)[stay])
+        self.problem = self.problem.select(stay)
+        self.rows = torch.arange(self._n_open, device=stay.device)
+        return stay
+
+    def count(self) -> None:
+        """Count an iteration for the rows that are not solved."""
+        self.result.n_iter[self._places] += self._open
+
+    def finish(self) -> FixedPointResult:
+        """Write down the rest."""
+        self._write(self._open.nonzero().squeeze(1))
+        return self.result
+
+    def _write(self, which: Tensor) -> None:
+        """Write down the rows at work with these indices."""
+        places = self._places[which]
+        self.result.value[places] = self._best[which]
+        self.result.residual[places] = self._residual[which]
+        self.result.converged[places] = self._residual[which] <= self.tol
+
+
+def picard(
+    problem: FixedPointProblem, start: Tensor, *, tol: float, max_iter: int
+) -> FixedPointResult:
+    """Solve by repeating the map, ``z <- f(z)``, as the equilibrium layer unrolled would.
+
+    A row whose gradient is found doubled returns to its best point and halves its step from then
+    on, so that a map that does not contract makes a row slow but not infinite.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    start : Tensor of shape (n_rows, r)
+    tol : float
+        A row stops once its scaled residual is at most this.
+    max_iter : int
+        Applications of the map at most.
+
+    Returns
+    -------
+    FixedPointResult
+    """
+    state = _Descent(problem, start, effective_tolerance(tol, start.dtype), max_iter)
+    for iteration in range(max_iter + 1):
+        if state.evaluate(iteration):
+            state.retire()
+        if not len(state.rows) or iteration == max_iter:
+            break
+        state.z = state.z + state.damping * state.problem.step(state.gradient, state.rows)
+        state.count()
+    return state.finish()
+
+
+def anderson(
+    problem: FixedPointProblem, start: Tensor, *, tol: float, max_iter: int
+) -> FixedPointResult:
+    """Solve by Anderson acceleration of the map, with a memory of its own in every row.
+
+    The differences of past steps are kept orthonormal, each with the change of the point that
+    goes with it: the least-squares problem of an iteration is then a few dot products instead
+    of a linear system per row. A row whose gradient doubles forgets its memory and restarts from
+    its best point with half the step.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    start : Tensor of shape (n_rows, r)
+    tol : float
+        A row stops once its scaled residual is at most this.
+    max_iter : int
+        Applications of the map at most.
+
+    Returns
+    -------
+    FixedPointResult
+    """
+    state = _Descent(problem, start, effective_tolerance(tol, start.dtype), max_iter)
+    n_rows, r = start.shape
+    memory = min(_MEMORY, r)
+    # Orthonormal differences of steps, and what undoing one of them does to the next point.
+    directions = start.new_zeros(memory, n_rows, r)
+    responses = start.new_zeros(memory, n_rows, r)
+    last_z = last_step = start
+    smallest = torch.finfo(start.dtype).tiny
+    for iteration in range(max_iter + 1):
+        looked = state.evaluate(iteration)
+        stay = state.retire() if looked else None
+        if not len(state.rows) or iteration == max_iter:
+            break
+        if stay is not None:
+            directions, responses = directions[:, stay], responses[:, stay]
+            last_z, last_step = last_z[stay], last_step[stay]
+        z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
+        state.z = z + step
+        if iteration:
+            if looked and state.any_failed:
+                # What these rows remember belongs to another place.
+                failed = state.failed.unsqueeze(1)
+                directions.masked_fill_(failed, 0)
+                responses.masked_fill_(failed, 0)
+                last_z = torch.where(failed, z, last_z)
+                last_step = torch.where(failed, step, last_step)
+            slot = (iteration - 1) % memory
+            directions[slot] = 0
+            responses[slot] = 0
+            change = step - last_step
+            response = z - last_z + change
+            known = (directions * change).sum(2, keepdim=True)
+            before = change.square().sum(1, keepdim=True)
+            change -= (known * directions).sum(0)
+            response -= (known * responses).sum(0)
+            size = change.square().sum(1, keepdim=True)
+            # Nothing new: the slot stays empty.
+            useful = size > 1e-8 * before
+            scale = torch.where(useful, size.clamp_min(smallest).rsqrt(), torch.zeros_like(size))
+            torch.mul(change, scale, out=directions[slot])
+            torch.mul(response, scale, out=responses[slot])
+            weights = (directions * step).sum(2, keepdim=True)
+            state.z -= (weights * responses).sum(0)
+        last_z, last_step = z, step
+        state.count()
+    return state.finish()

@@ -1,0 +1,278 @@
+"""Newton's method for many small problems at once, with a line search in every row."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from skdeq._fixed_point_problem import (
+    CROWDED,
+    FixedPointProblem,
+    FixedPointResult,
+    effective_tolerance,
+)
+
+__all__ = ["NewtonSystems", "backtrack", "newton", "newton_step"]
+
+# Sufficient decrease, and how often a step may be cut, in the backtracking line search.
+_ARMIJO = 1e-4
+_CUT = 0.3
+_MAX_CUTS = 40
+# Above this many unknowns a Hessian costs so much that it is used for as many steps as it is good
+# for: as long as each multiplies the Newton decrement by this at most.
+_LEAST_RANK_TO_REPEAT = 40
+_SHRINKAGE = 0.1
+
+
+class NewtonSystems:
+    """Factorised Hessians of many rows.
+
+    A Hessian that is not positive definite in floating point (a separated GLM) is damped just as
+    much as it takes; damping leaves the stationary point where it is. What cannot be factorised
+    at all gives steps of zero: nothing but numbers is ever returned.
+
+    Parameters
+    ----------
+    hessian : Tensor of shape (m, r, r)
+    """
+
+    def __init__(self, hessian: Tensor):
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+        smallest = torch.finfo(hessian.dtype).tiny
+        # Jacobi scaling, so that damping acts alike on features of very different scales.
+        self.scale = diagonal.clamp_min(smallest).rsqrt()
+        scaled = hessian * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
+        self.factor, info = torch.linalg.cholesky_ex(scaled)
+        # The pivots of a matrix with an entry that is no number are no numbers either.
+        pivots = self.factor.diagonal(dim1=-2, dim2=-1)
+        failed = (info != 0) | ~torch.isfinite(pivots).all(-1)
+        damping = 1e3 * torch.finfo(hessian.dtype).eps
+        while bool(failed.any()) and damping < 1:
+            index = failed.nonzero().squeeze(-1)
+            damped = scaled[index]
+            damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            good = info == 0
+            good &= torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+            self.factor[index[good]] = factor[good]
+            failed[index[good]] = False
+            damping *= 100
+        self.scale[failed] = 0.0
+
+    def __getitem__(self, index: Tensor) -> "NewtonSystems":
+        part = copy.copy(self)
+        part.scale, part.factor = self.scale[index], self.factor[index]
+        return part
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Solve ``hessian @ step = gradient`` in every row."""
+        right = (gradient * self.scale).unsqueeze(-1)
+        step = torch.cholesky_solve(right, self.factor).squeeze(-1) * self.scale
+        return torch.where(torch.isfinite(step).all(-1, keepdim=True), step, 0.0)
+
+
+def newton_step(
+    problem: FixedPointProblem, z: Tensor, rows: Tensor, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one safeguarded Newton (Fisher scoring) step in every row whose residual exceeds tol.
+
+    The step is cut, row by row, until the objective decreases; a row whose step provably
+    decreases it is not evaluated again.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    z : Tensor of shape (m, r)
+        Where to step from.
+    rows : Tensor of shape (m,)
+        Indices of the rows in the problem.
+    tol : float
+        Scaled residual up to which a row stays where it is.
+
+    Returns
+    -------
+    z : Tensor of shape (m, r)
+        The new point.
+    objective : Tensor of shape (m,)
+        Objective at the point given.
+    residual : Tensor of shape (m,)
+        Scaled residual at the point given.
+    """
+    objective, gradient, hessian, residual = problem.derivatives(z, rows)
+    # The one look at the device that says which rows move, and whether any or all do.
+    index = (residual > tol).nonzero().squeeze(-1)
+    if not len(index):
+        return z, objective, residual
+    if len(index) < len(z):
+        gradient, hessian = gradient[index], hessian[index]
+    result = z.clone()
+    result[index], *_ = _safeguarded_step(
+        problem, NewtonSystems(hessian), z[index], rows[index], objective[index], gradient
+    )
+    return result, objective, residual
+
+
+def _safeguarded_step(
+    problem: FixedPointProblem,
+    systems: NewtonSystems,
+    z: Tensor,
+    rows: Tensor,
+    objective: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton step in every row, checked where not known to be safe; (point, step, length)."""
+    step = systems.solve(gradient)
+    pending = ~problem.is_safe(step, rows)
+    point, length = backtrack(problem, z, step, gradient, objective, rows, pending)
+    return point, step, length
+
+
+def backtrack(
+    problem: FixedPointProblem,
+    start: Tensor,
+    step: Tensor,
+    gradient: Tensor,
+    objective: Tensor,
+    rows: Tensor,
+    pending: Tensor,
+    length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    start, step, gradient : Tensor of shape (m, r)
+    objective : Tensor of shape (m,)
+        At the start.
+    rows : Tensor of shape (m,)
+    pending : Tensor of shape (m,), bool
+        Rows whose step must be checked.
+    length : Tensor of shape (m,), optional
+        First lengths, 1 by default.
+
+    Returns
+    -------
+    point : Tensor of shape (m, r)
+        Only the rows that failed are evaluated again; a row that never decreases stays put.
+    length : Tensor of shape (m,)
+        Lengths taken.
+    """
+    length = start.new_ones(len(start)) if length is None else length.clone()
+    slope = (gradient * step).sum(1).double()
+    # Rounding of the objective must not be taken for an increase.
+    slack = torch.finfo(start.dtype).eps * (8 * objective.abs() + problem.terms)
+    point = start - length.unsqueeze(1) * step
+    left = pending.nonzero().squeeze(1)
+    for _ in range(_MAX_CUTS):
+        if not len(left):
+            break
+        trial = problem.objective(point[left], rows[left])
+        bound = objective[left] - _ARMIJO * length[left] * slope[left] + slack[left]
+        left = left[~(trial <= bound)]
+        length[left] *= _CUT
+        point[left] = start[left] - length[left].unsqueeze(1) * step[left]
+    point[left] = start[left]
+    return point, length
+
+
+def newton(
+    problem: FixedPointProblem, start: Tensor, *, tol: float, max_iter: int
+) -> FixedPointResult:
+    """Solve by Newton's method with a line search in every row.
+
+    Converges from any start of a convex problem, whether or not the fixed-point map contracts.
+    The Hessian of a row is used again for as long as steps with it shrink quickly (the method of
+    Shamanskii): near the solution a further digit then costs a gradient.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    start : Tensor of shape (n_rows, r)
+    tol : float
+        A row stops once its scaled residual is at most this.
+    max_iter : int
+        Steps at most.
+
+    Returns
+    -------
+    FixedPointResult
+    """
+    tol = effective_tolerance(tol, start.dtype)
+    value = start.clone()
+    residual = start.new_full((len(start),), torch.inf)
+    n_iter = torch.zeros(len(start), dtype=torch.long, device=start.device)
+    rows = torch.arange(len(start), device=start.device)
+    again = start.shape[1] > _LEAST_RANK_TO_REPEAT
+    while len(rows) and max_iter:
+        z = value[rows]
+        objective, gradient, hessian, found = problem.derivatives(z, rows)
+        systems = NewtonSystems(hessian)
+        # Rows found solved here take the step they have paid for: it squares what error is left.
+        z, step, length = _safeguarded_step(problem, systems, z, rows, objective, gradient)
+        value[rows], residual[rows] = z, found
+        unsolved = found > tol
+        n_iter[rows] += unsolved
+        if again:
+            whole = (unsolved & (length == 1)).nonzero().squeeze(1)
+            decrement = (gradient[whole] * step[whole]).sum(1)
+            at = rows[whole]
+            spare = max_iter - n_iter[at]
+            value[at], residual[at], taken = _repeat(
+                problem, systems[whole], decrement, z[whole], at, tol, spare
+            )
+            n_iter[at] += taken
+        rows = rows[(residual[rows] > tol) & (n_iter[rows] < max_iter)]
+    rows = (residual > tol).nonzero().squeeze(1)
+    if len(rows):
+        residual[rows] = problem.gradient(value[rows], rows)[1]
+    return FixedPointResult(value, residual, residual <= tol, n_iter)
+
+
+def _repeat(
+    problem: FixedPointProblem,
+    systems: NewtonSystems,
+    decrement: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    tol: float,
+    spare: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step with the same Hessians for as long as the decrements shrink; (z, residual, steps).
+
+    The residual is infinite where the row is not found solved. No Newton step will square the
+    error that is left here, which may exceed a residual in units of a diagonal Newton step by the
+    condition of the Hessian: so a row has to do better than the tolerance by a digit.
+    """
+    tol = effective_tolerance(0.1 * tol, z.dtype)
+    z, decrement = z.clone(), decrement.clone()
+    residual = torch.full_like(decrement, torch.inf)
+    taken = torch.zeros_like(spare)
+    before = z.clone()
+    at = torch.arange(len(z), device=z.device)
+    going = spare > 0
+    left = int(going.sum())
+    while left:
+        if left <= CROWDED * len(at):
+            stay = going.nonzero().squeeze(1)
+            at, systems, going = at[stay], systems[stay], going[stay]
+        gradient, found = problem.gradient(z[at], rows[at])
+        step = systems.solve(gradient)
+        size = (gradient * step).sum(1)
+        shrunk = going & (size <= _SHRINKAGE * decrement[at])
+        worse = ~(size <= decrement[at])
+        # Where an overshoot has made the curvature enormous the scaled residual proves nothing.
+        solved = going & (found <= tol) & ~worse
+        # The step that led here is taken back if it led astray, unless it was Newton's own.
+        astray = at[going & worse]
+        z[astray] = before[astray]
+        residual[at[solved]] = found[solved]
+        go = at[shrunk]
+        before[go] = z[go]
+        z[go] -= step[shrunk]
+        decrement[go] = size[shrunk]
+        going = shrunk & ~solved
+        taken[at] += going
+        going &= taken[at] < spare[at]
+        left = int(going.sum())
+    return z, residual, taken
