@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 
+import torch
+
 from benchmarks import _common as common
 from benchmarks._suite import Case, Result, Settings, Workload
 
@@ -109,7 +111,14 @@ def _process() -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(PRELOADED)
-    return ProcessPoolExecutor(max_workers=1, mp_context=context)
+    # skdeq gives a forked process one thread, as torch's others are gone; of a process that has
+    # only imported none has begun.
+    return ProcessPoolExecutor(
+        max_workers=1,
+        mp_context=context,
+        initializer=torch.set_num_threads,
+        initargs=(torch.get_num_threads(),),
+    )
 
 
 def _turns(

@@ -32,12 +32,14 @@ _TILE_ENTRIES = 2**20
 # The same on a card: all that keeps it busy, less where its memory is short.
 _TILE_ENTRIES_CUDA = 2**26
 _LEAST_ENTRIES_CUDA = 2**20
-_LEAST_ROWS, _MOST_ROWS = 1024, 8192
+_LEAST_ROWS, _MOST_ROWS = 1024, 16384
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
 # up to 50 unknowns no fewer rows than else.
 _HESSIAN_ENTRIES = 2**24
-# Chunks that a problem of more than one tile is cut into at least, so that threads can share it.
+# Chunks that a problem is cut into at least, so that threads can share it, unless they would have
+# fewer entries than it takes to keep a thread from waiting for Python.
 _LEAST_CHUNKS = 4
+_LEAST_ENTRIES = 2**18
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
@@ -167,10 +169,8 @@ class MapProblem:
             # A card has no cache to stay in and no threads to share with, only its memory.
             return max(1, min(n, self._tile // max(q, self.r**2)))
         rows = min(max(_LEAST_ROWS, self._tile // q), _MOST_ROWS)
-        chunks = -(-n // rows)
-        if n * q > self._tile // _LEAST_CHUNKS:
-            chunks = max(chunks, _LEAST_CHUNKS)
-        return max(1, -(-n // max(chunks, 1)))
+        chunks = max(-(-n // rows), min(_LEAST_CHUNKS, -(-n * q // _LEAST_ENTRIES)), 1)
+        return max(1, -(-n // chunks))
 
     def hessian_rows(self) -> int:
         """Rows whose Hessians are to be held at a time."""

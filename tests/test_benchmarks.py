@@ -23,6 +23,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import _report as report  # noqa: E402
+from benchmarks import _runner as runner  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks._suite import QUANTITIES, Result, Settings  # noqa: E402
 from benchmarks.workloads import WORKLOADS, roofline, scaling, searches  # noqa: E402
@@ -185,6 +186,7 @@ def test_targets_of_scaling_judge_the_slope_in_rows():
 
     linear, quadratic = (scaling.targets(results(power)) for power in (1, 2))
     assert [one.met for one in linear] == [True, True]
+    assert json.dumps([one.met for one in linear]) == "[true, true]"
     assert [one.met for one in quadratic] == [False, True]
     assert quadratic[0].measured == "2.00"
 
@@ -204,6 +206,16 @@ def test_operations_of_a_pass_are_counted_as_torch_counts_them():
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             roofline.one_pass(problem, latents, method)
         assert counter.get_total_flops() == shape.products()
+
+
+def test_processes_of_cases_have_as_many_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with runner._process() as process:
+            assert process.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_list_names_every_workload(capsys):

@@ -495,7 +495,9 @@ def test_a_model_that_its_penalties_emptied_says_so(family, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ExpFamilyDEQ(2, family=family).fit(X)
-    with pytest.warns(ConvergenceWarning, match=r"All 2 components .* weight_decay=1e\+08 outweigh"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"All 2 components .* weight_decay=1e\+08 outweigh"
+    ):
         empty = ExpFamilyDEQ(2, family=family, weight_decay=1e8).fit(X)
     np.testing.assert_allclose(empty.transform(X), 0, atol=1e-6)
     if family == "gaussian":

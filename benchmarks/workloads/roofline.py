@@ -26,7 +26,6 @@ PASSES = {"value and gradient": "value_and_gradient", "with Hessians": "derivati
 CPU = torch.device("cpu")
 BYTES = 4  # of a float32
 LONG_ENOUGH = 0.2  # seconds
-THREADS = torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,9 @@ def summed_rate(make_task, amount: float) -> float:
         # Allocated once: what a pass loses by asking for memory is not the machine's rate.
         return amount / best_seconds(make_task())
 
+    threads = torch.get_num_threads()
     with parallel_chunks():
-        return sum(map_chunks(work, THREADS, 1, CPU))
+        return sum(map_chunks(work, threads, 1, CPU))
 
 
 def tile_shape(problem: MapProblem) -> tuple[int, int]:

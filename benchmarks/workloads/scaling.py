@@ -115,7 +115,7 @@ def targets(results: list[Result]) -> list[Target]:
                     f"{method}: slope of {quantity} in n, {sizes[0]:,} to {sizes[-1]:,} rows",
                     f"{LINEAR[0]} to {LINEAR[1]}",
                     f"{found:.2f}",
-                    LINEAR[0] <= found <= LINEAR[1],
+                    bool(LINEAR[0] <= found <= LINEAR[1]),
                 )
             )
     extra, data = by_axis(results, "extra_memory"), by_axis(results, "data_memory")
@@ -129,7 +129,7 @@ def targets(results: list[Result]) -> list[Target]:
                 f"{method}: memory beyond the data, in units of the data, from 100,000 rows on",
                 f"the last at most {FLAT} more than the first",
                 " to ".join(f"{one:.2f}" for one in share[[0, -1]]),
-                share[-1] <= share[0] + FLAT,
+                bool(share[-1] <= share[0] + FLAT),
             )
         )
     return made
