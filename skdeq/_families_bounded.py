@@ -13,6 +13,9 @@ from ._families_positive import log_multiplicity
 from ._family import Family
 from ._interval import Interval
 
+# Numbers between one half and one whose product is a normal float32.
+_FACTORS = 112
+
 
 def _softplus(eta: Tensor) -> Tensor:
     # torch's own threshold of 20 drops exp(-20), which float64 resolves; exp(-40) it does not.
@@ -115,25 +118,20 @@ class _Logistic(Family):
     def summed_statistics_(
         self, eta: Tensor, *, variance: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | Any]:
-        """Sum A over each row with one logarithm for every sixteen entries.
+        """Sum A over each row with one logarithm for a hundred entries or so.
 
-        ``sum log(1 + exp(-|eta|)) = -log prod sigmoid(|eta|)``, and sixteen factors of at least
-        one half are far from underflow.
+        ``sum log(1 + exp(-|eta|)) = -log prod sigmoid(|eta|)``, and so many factors of at least
+        one half are still far from underflow.
         """
         spare = eta.clamp(min=0)
         total = spare.sum(-1)
         mean = eta.sigmoid_()
         # In the same memory: that of a new tensor of this size has to be asked of the system.
         factors = _larger_share(mean, spare)
-        for _ in range(4):
-            half = factors.shape[-1] // 2
-            if half == 0:
-                break
-            folded = factors[..., :half].mul_(factors[..., half : 2 * half])
-            if factors.shape[-1] % 2:
-                folded[..., 0] *= factors[..., -1]
-            factors = folded
-        total -= factors.log_().sum(-1)
+        groups = factors.shape[-1] // _FACTORS
+        grouped, rest = factors.tensor_split([groups * _FACTORS], dim=-1)
+        total -= grouped.unflatten(-1, (groups, _FACTORS)).prod(-1).log_().sum(-1)
+        total -= rest.prod(-1).log_()
         if self.n_trials != 1:
             total.mul_(self.n_trials)
             mean.mul_(self.n_trials)
@@ -145,7 +143,7 @@ class _Logistic(Family):
 
 def _larger_share(mean: Tensor, out: Tensor) -> Tensor:
     """Return ``sigmoid(|eta|)`` from ``sigmoid(eta)``."""
-    torch.neg(mean, out=out).add_(1)
+    torch.sub(1, mean, out=out)
     return torch.maximum(mean, out, out=out)
 
 

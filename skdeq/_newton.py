@@ -159,11 +159,13 @@ def backtrack(
         Lengths taken.
     """
     length = start.new_ones(len(start)) if length is None else length.clone()
+    point = start - length.unsqueeze(1) * step
+    left = pending.nonzero().squeeze(1)
+    if not len(left):
+        return point, length
     slope = (gradient * step).sum(1).double()
     # Rounding of the objective must not be taken for an increase.
     slack = torch.finfo(start.dtype).eps * (8 * objective.abs() + problem.terms)
-    point = start - length.unsqueeze(1) * step
-    left = pending.nonzero().squeeze(1)
     for _ in range(_MAX_CUTS):
         if not len(left):
             break

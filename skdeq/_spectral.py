@@ -44,14 +44,16 @@ def _on_link_scale(setting: Setting, mean: Tensor, exposure: Tensor) -> Observat
         moved = torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0)
         return replace(observations, values=replace(values, values=moved))
 
-    def work(low: int, high: int) -> Tensor:
+    # Not in parts put together, which would be in memory twice.
+    result = torch.empty_like(values)
+
+    def work(low: int, high: int) -> None:
         expected = exposure[low:high].unsqueeze(1) * mean
         moved = family.link((values[low:high] + expected) / 2) - family.link(expected / 2)
-        return torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0)
+        torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0, out=result[low:high])
 
-    size = max(1, 2**20 // values.shape[1])
-    parts = map_chunks(work, len(values), size, values.device)
-    return replace(observations, values=torch.cat(parts))
+    map_chunks(work, len(values), max(1, 2**20 // values.shape[1]), values.device)
+    return replace(observations, values=result)
 
 
 def spectral_start(

@@ -81,14 +81,13 @@ def make_problem(family: str, shape: Shape) -> tuple[MapProblem, torch.Tensor]:
 
 
 def one_pass(problem: MapProblem, latents: torch.Tensor, method: str) -> None:
-    """Go over all rows as an iteration of a fit does."""
+    """Go over all rows as an iteration of a fit does, within its pool of threads."""
 
     def work(low, high):
         part = problem.chunk(low, high)
         return getattr(part, method)(latents[low:high], torch.arange(high - low))
 
-    with parallel_chunks():
-        map_chunks(work, problem.n_rows, problem.chunk_rows(), CPU)
+    map_chunks(work, problem.n_rows, problem.chunk_rows(), CPU)
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -140,11 +139,12 @@ def tile_rates(problem: MapProblem, family: str) -> tuple[float, float]:
     shape = tile_shape(problem)
 
     def mean():
-        source, target = torch.zeros(shape), torch.zeros(shape)
+        # Not zeros, which would all lie on the one page that the system has for them.
+        source, target = torch.ones(shape), torch.ones(shape)
         return lambda: MEANS[family](source, out=target)
 
     def scaling():
-        source = torch.zeros(shape)
+        source = torch.ones(shape)
         return lambda: source.mul_(1.0)
 
     entries = shape[0] * shape[1]
@@ -178,14 +178,16 @@ def prepare(settings: Settings, family: str, n: int, p: int, k: int, kind: str) 
     method = PASSES[kind]
     shape = Shape(n, p, k, hessians=method == "derivatives")
     problem, latents = make_problem(family, shape)
-    one_pass(problem, latents, method)
+    with parallel_chunks():
+        one_pass(problem, latents, method)
     # Here, as the arrays that the rates of the machine are measured on are not the pass's.
-    with common.PeakMemory() as resident:
+    with common.PeakMemory() as resident, parallel_chunks():
         one_pass(problem, latents, method)
     peak = common.peak_of_process()
 
     def run():
-        seconds = best_seconds(lambda: one_pass(problem, latents, method))
+        with parallel_chunks():
+            seconds = best_seconds(lambda: one_pass(problem, latents, method))
         mean_rate, cache = tile_rates(problem, family)
         square = gemm_rate(256 if settings.quick else 2048)
         narrow = narrow_gemm_rate(problem, shape)
