@@ -33,8 +33,10 @@ extensions = [
     "site_checks",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "generated/parts"]
+exclude_patterns = ["_build", "generated/parts", "benchmarks/*"]
 
+# Quotes and ellipses, but no dashes out of the two hyphens of an option.
+smartquotes_action = "qe"
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's sections say the types, in words and with shapes.
 maximum_signature_line_length = 88
@@ -92,6 +94,7 @@ html_sidebars = {
         "getting_started",
         "coming_from/*",
         "benchmarks",
+        "benchmark_report",
         "changelog",
         "contributing",
         "citing",

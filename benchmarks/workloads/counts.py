@@ -146,9 +146,9 @@ def references(settings: Settings) -> list[Result]:
 def targets(results: list[Result]) -> list[Target]:
     """Compare with the package of PyPI."""
     done = {one.method: one for one in results if one.data == DENSE and not one.failure}
-    if not {TO_PUBLISHED, PEER} <= done.keys():
+    if not {TO_PEER, PEER} <= done.keys():
         return []
-    ours, peer = done[TO_PUBLISHED], done[PEER]
+    ours, peer = done[TO_PEER], done[PEER]
     times = peer.median("fit") / ours.median("fit")
     gain = ours.median("log_likelihood") - peer.median("log_likelihood")
     return [
