@@ -128,8 +128,8 @@ def compose(sections: list[Section], machine: dict, settings: Settings, markup) 
             "imports, loading and a first small fit that fills caches and thread pools: median "
             "(smallest to largest) of the runs, of which there is one only where it is long. "
             "Quality is that of the first run. The peak memory of the process includes "
-            "its imports and the data; the other column is what the first run adds to what was there "
-            "just before it."
+            "its imports and the data; the other column is what the first run adds to what was "
+            "there just before it."
         )
     )
     blocks.append(markup.table([["what ran", ""], *map(list, machine.items())]))
