@@ -84,10 +84,10 @@ def _run_group(name, cases, settings, say) -> list[Result]:
             case: process.submit(_prepare, case, settings) for case, process in processes.items()
         }
         for case, future in pending.items():
-            _outcome(future, results[case])
+            _outcome(results[case], future.result)
         spent = dict.fromkeys(cases, 0.0)
         for case, repetition in _turns(results, spent, settings.repeats):
-            outcome = _outcome(processes[case].submit(_repeat, repetition == 0), results[case])
+            outcome = _outcome(results[case], _call, processes[case], _repeat, repetition == 0)
             if outcome is None:
                 continue
             values, seconds = outcome
@@ -97,7 +97,7 @@ def _run_group(name, cases, settings, say) -> list[Result]:
             say(f"  {case.data}: {case.method}: {seconds:.2f} s")
     finally:
         for case, process in processes.items():
-            _outcome(process.submit(_close), results[case])
+            _outcome(results[case], _call, process, _close)
             process.shutdown(cancel_futures=True)
     for result in results.values():
         if result.failure:
@@ -132,10 +132,15 @@ def _turns(
                 yield case, repetition
 
 
-def _outcome(future, result: Result):
-    """Return what a call in another process returned; if it failed, say so in the result."""
+def _call(process: ProcessPoolExecutor, *task):
+    """Run a function in another process; raises, too, if that process is no more."""
+    return process.submit(*task).result()
+
+
+def _outcome(result: Result, call: Callable, *arguments):
+    """Return what a call returned; if it failed, say so in the result."""
     try:
-        return future.result()
+        return call(*arguments)
     except Exception as error:
         # Of a peer, say: the report goes on without it.
         lines = str(error).strip().splitlines()

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import _report as report  # noqa: E402
 from benchmarks import _runner as runner  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks._suite import QUANTITIES, Result, Settings  # noqa: E402
+from benchmarks._suite import QUANTITIES, Case, Result, Settings, Trial  # noqa: E402
 from benchmarks.workloads import WORKLOADS, roofline, scaling, searches  # noqa: E402
 
 
@@ -216,6 +217,21 @@ def test_processes_of_cases_have_as_many_threads():
             assert process.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def _trial_that_runs(settings):
+    return Trial(lambda: ({"fit": 1.0}, None))
+
+
+def _trial_that_dies(settings):
+    return Trial(lambda: os._exit(1))
+
+
+def test_a_process_that_dies_does_not_take_the_report_along():
+    cases = [Case("data", "dies", _trial_that_dies), Case("data", "runs", _trial_that_runs)]
+    done = runner._run_group("name", cases, Settings(repeats=2), lambda _: None)
+    assert done[0].failure.startswith("failed: BrokenProcessPool")
+    assert done[1].failure is None and done[1].values["fit"] == [1.0, 1.0]
 
 
 def test_list_names_every_workload(capsys):
