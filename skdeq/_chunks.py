@@ -54,8 +54,8 @@ def _keep_freed_memory() -> None:
     """Let glibc's allocator keep freed temporaries of up to 32 MiB for the next ones.
 
     It gives back to the system what is above a threshold, page by page zeroed when asked for
-    again: a third of the time of a pass over tiles that two threads share. The threshold rises to
-    the size of a block that is freed; this one is never touched and so takes no memory.
+    again: up to a third of the time of a pass over tiles that two threads share. The threshold
+    rises to the size of a block that is freed; this one is never touched and so takes no memory.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 

@@ -105,18 +105,19 @@ def targets(results: list[Result]) -> list[Target]:
     """Judge that time is linear in rows, and memory beyond the data as flat as the data."""
     made = []
     ours = {result.method for result in results if result.method != "PCA"}
-    for (axis, method), (sizes, seconds) in by_axis(results, "fit").items():
-        if axis != "n" or method not in ours or len(sizes) < 2:
-            continue
-        found = slope(sizes, seconds)
-        made.append(
-            Target(
-                f"{method}: slope of the time to fit in n, {sizes[0]:,} to {sizes[-1]:,} rows",
-                f"{LINEAR[0]} to {LINEAR[1]}",
-                f"{found:.2f}",
-                bool(LINEAR[0] <= found <= LINEAR[1]),
+    for quantity in ("fit", "transform"):
+        for (axis, method), (sizes, seconds) in by_axis(results, quantity).items():
+            if axis != "n" or method not in ours or len(sizes) < 2:
+                continue
+            found = slope(sizes, seconds)
+            made.append(
+                Target(
+                    f"{method}: slope of {quantity} in n, {sizes[0]:,} to {sizes[-1]:,} rows",
+                    f"{LINEAR[0]} to {LINEAR[1]}",
+                    f"{found:.2f}",
+                    bool(LINEAR[0] <= found <= LINEAR[1]),
+                )
             )
-        )
     extra, data = by_axis(results, "extra_memory"), by_axis(results, "data_memory")
     for (axis, method), (sizes, megabytes) in extra.items():
         large = sizes >= 100_000
