@@ -69,7 +69,8 @@ class FixedPointProblem(Protocol):
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient (m, r) and the scaled residual (m,) at ``z``.
 
-        Unless ``fresh``, the scale may be the one of the last call for these rows.
+        Unless ``fresh``, the residual may be a bound of it, from the scale of the last call for
+        these rows that was.
         """
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:

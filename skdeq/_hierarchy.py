@@ -233,9 +233,8 @@ class HierarchyProblem:
         """Gradient and scaled residual of each row."""
         parts = self._parts(z)
         energies = hidden_energies(parts, self.upper, self.family)
-        bottom, _ = self.bottom.gradient(parts[0], rows, fresh)
+        bottom, size = self.bottom.gradient_and_size(parts[0], rows, fresh)
         gradient = self._gradient(bottom, parts, energies)
-        size = self.bottom.last_size(rows)
         return gradient, self._residual(gradient, parts, energies, size)
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:

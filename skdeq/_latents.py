@@ -150,6 +150,8 @@ def _gradient_at_zero(problem: MapProblem) -> Tensor:
         rows = torch.arange(high - low, device=problem.design.device)
         return part.bare_gradient(problem.design.new_zeros(high - low, problem.r), rows)
 
+    if problem.rows_differ_in_data_alone and problem.n_rows:
+        return work(0, 1) + problem.projection[:1] - problem.projection
     parts = map_chunks(work, problem.n_rows, problem.chunk_rows(), problem.design.device)
     return torch.cat(parts)
 

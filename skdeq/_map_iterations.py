@@ -15,7 +15,7 @@ __all__ = ["anderson", "picard"]
 # Past iterates that Anderson acceleration combines. Measured on binarised MNIST (k = 50): 2 need
 # 18 iterations, 3 need 14.1, 4 need 13.8, 10 need 13.2, and the cost of an iteration grows with
 # the memory.
-_MEMORY = 4
+_MEMORY = 3
 # Iterations between looks at the rows: who is solved, and who has to go back. A look costs about
 # half of what else an iteration does besides its matrix products.
 _LOOK = 2
@@ -67,15 +67,9 @@ class _Descent:
         if between and iteration < self._last:
             self.gradient = self.problem.bare_gradient(self.z, self.rows)
             return False
-        fresh = looks % _REFRESH == 0
-        self.gradient, residual = self.problem.gradient(self.z, self.rows, fresh)
-        if not fresh:
-            # A certificate is worth something only with the scale of the very point, and a scale
-            # from outside the domain is worth nothing.
-            claimed = ((residual <= self.tol) | ~torch.isfinite(residual)).nonzero().squeeze(1)
-            if len(claimed):
-                at = self.problem.gradient(self.z[claimed], self.rows[claimed])
-                residual[claimed] = at[1]
+        self.gradient, residual = self.problem.gradient(
+            self.z, self.rows, fresh=looks % _REFRESH == 0
+        )
         size = self.gradient.abs().amax(1)
         better = size < self._size
         self.failed = ~(size <= 2 * self._size)
@@ -162,6 +156,10 @@ def picard(
     return state.finish()
 
 
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(1, keepdim=True)
+
+
 def anderson(
     problem: FixedPointProblem, start: Tensor, *, tol: float, max_iter: int
 ) -> FixedPointResult:
@@ -187,10 +185,9 @@ def anderson(
     """
     state = _Descent(problem, start, effective_tolerance(tol, start.dtype), max_iter)
     n_rows, r = start.shape
-    memory = min(_MEMORY, r)
-    # Orthonormal differences of steps, and what undoing one of them does to the next point.
-    directions = start.new_zeros(memory, n_rows, r)
-    responses = start.new_zeros(memory, n_rows, r)
+    # Orthonormal differences of steps, what undoing one of them does to the next point, and how
+    # much of it the latest step has.
+    directions, responses, weights = [], [], []
     last_z = last_step = start
     smallest = torch.finfo(start.dtype).tiny
     for iteration in range(max_iter + 1):
@@ -199,7 +196,8 @@ def anderson(
         if not len(state.rows) or iteration == max_iter:
             break
         if stay is not None:
-            directions, responses = directions[:, stay], responses[:, stay]
+            for kept in (directions, responses, weights):
+                kept[:] = [one[stay] for one in kept]
             last_z, last_step = last_z[stay], last_step[stay]
         z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
         state.z = z + step
@@ -207,27 +205,30 @@ def anderson(
             if looked and state.any_failed:
                 # What these rows remember belongs to another place.
                 failed = state.failed.unsqueeze(1)
-                directions.masked_fill_(failed, 0)
-                responses.masked_fill_(failed, 0)
+                for one in (*directions, *responses, *weights):
+                    one.masked_fill_(failed, 0)
                 last_z = torch.where(failed, z, last_z)
                 last_step = torch.where(failed, step, last_step)
-            slot = (iteration - 1) % memory
-            directions[slot] = 0
-            responses[slot] = 0
+            if len(directions) == min(_MEMORY, r):
+                for kept in (directions, responses, weights):
+                    del kept[0]
             change = step - last_step
-            response = z - last_z + change
-            known = (directions * change).sum(2, keepdim=True)
-            before = change.square().sum(1, keepdim=True)
-            change -= (known * directions).sum(0)
-            response -= (known * responses).sum(0)
-            size = change.square().sum(1, keepdim=True)
+            response = torch.sub(z, last_z).add_(change)
+            before = _dot(change, change)
+            for direction, undone, weight in zip(directions, responses, weights, strict=True):
+                known = _dot(direction, change)
+                change.addcmul_(direction, known, value=-1)
+                response.addcmul_(undone, known, value=-1)
+                weight.add_(known)
+            size = _dot(change, change)
             # Nothing new: the slot stays empty.
             useful = size > 1e-8 * before
             scale = torch.where(useful, size.clamp_min(smallest).rsqrt(), torch.zeros_like(size))
-            torch.mul(change, scale, out=directions[slot])
-            torch.mul(response, scale, out=responses[slot])
-            weights = (directions * step).sum(2, keepdim=True)
-            state.z -= (weights * responses).sum(0)
+            directions.append(change.mul_(scale))
+            responses.append(response.mul_(scale))
+            weights.append(_dot(change, step))
+            for undone, weight in zip(responses, weights, strict=True):
+                state.z.addcmul_(undone, weight, value=-1)
         last_z, last_step = z, step
         state.count()
     return state.finish()

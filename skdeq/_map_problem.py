@@ -104,6 +104,7 @@ class MapProblem:
         self._bounds = (0, self.n_rows)
         self._tile = _tile_entries(design)
         self._size = design.new_zeros(self.n_rows)
+        self._size_at: Tensor | None = None
         extra = []
         if offset is not None:
             extra.append(offset.unsqueeze(0))
@@ -184,7 +185,7 @@ class MapProblem:
         part.__dict__.update(self.__dict__)
         part.n_rows = stop - start
         part.projection = self.projection[start:stop]
-        part._size = self._size[start:stop].clone()
+        part._size, part._size_at = self._size[start:stop].clone(), None
         part.constant = self.constant[start:stop]
         part.row_offset = None if self.row_offset is None else self.row_offset[start:stop]
         part.__dict__.pop("_missing", None)
@@ -202,6 +203,7 @@ class MapProblem:
         part.n_rows = len(index)
         part.projection = self.projection[index]
         part._size = self._size[index]
+        part._size_at = None if self._size_at is None else self._size_at[index]
         part.constant = self.constant[index]
         part.row_offset = None if self.row_offset is None else self.row_offset[index]
         missing = self._missing
@@ -222,9 +224,11 @@ class MapProblem:
         """Whether the map of `step` is shaped by a curvature."""
         return self._basis is not None
 
-    def last_size(self, rows: Tensor) -> Tensor:
-        """Curvatures, summed over the unknowns, at the last fresh gradient of each row."""
-        return self._size[rows]
+    @property
+    def rows_differ_in_data_alone(self) -> bool:
+        """Whether the gradients of two rows at one point differ in their projections alone."""
+        same_entries = self.observations.missing is None and self.row_offset is None
+        return same_entries and self.family.is_canonical
 
     @cached_property
     def _missing(self) -> Tensor | None:
@@ -355,16 +359,31 @@ class MapProblem:
 
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient and scaled residual of each row."""
+        gradient, size = self.gradient_and_size(z, rows, fresh)
+        return gradient, self._residual(gradient, z, size)
+
+    def gradient_and_size(
+        self, z: Tensor, rows: Tensor, fresh: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        r"""Gradient of each row and its curvature, summed over the unknowns.
+
+        Unless ``fresh``, what the curvature is at least: by self-concordance
+        :math:`A''(\eta + \delta) \ge e^{-c |\delta|} A''(\eta)`.
+        """
+        constant = self.family.self_concordance
+        fresh = fresh or constant is None
         _, slope, _, size = self._accumulate(
             z, rows, objective=False, gradient=True, hessian=False, curvature=fresh
         )
         if fresh:
             self._set_relative(rows, size)
-            self._size[rows] = size
+            if self._size_at is None:
+                self._size_at = torch.zeros_like(self.projection)
+            self._size[rows], self._size_at[rows] = size, z
         else:
-            size = self._size[rows]
-        gradient = self._gradient(slope, z, rows)
-        return gradient, self._residual(gradient, z, size)
+            moved = (z - self._size_at[rows]).square_().sum(1).sqrt_()
+            size = self._size[rows] * moved.mul_(-constant * self._longest).exp_()
+        return self._gradient(slope, z, rows), size
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
@@ -396,7 +415,6 @@ class MapProblem:
         )
         hessian = self._symmetric(bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
-        self._size[rows] = size
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         if not self.family.is_canonical:
             bend = self._accumulate(
