@@ -18,6 +18,7 @@ from skdeq._observations import CompressedRows, Observations
 from skdeq._version import __version__
 
 __all__ = [
+    "CHUNK_ENTRIES",
     "SkdeqManners",
     "chunk_rows",
     "detached",
@@ -39,7 +40,7 @@ __all__ = [
     "unchanged_on_error",
 ]
 
-_CHUNK_ENTRIES = 2**20
+CHUNK_ENTRIES = 2**20
 
 
 class SkdeqManners:
@@ -191,7 +192,7 @@ def _in_frame(estimator) -> bool:
 
 def chunk_rows(X: Tensor) -> int:
     """Rows of dense data to be looked at together."""
-    return max(1, _CHUNK_ENTRIES // X.shape[1])
+    return max(1, CHUNK_ENTRIES // X.shape[1])
 
 
 def missing_per_column(X) -> np.ndarray:
@@ -215,9 +216,12 @@ def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def _compressed(indptr, indices, data, shape, device: torch.device) -> CompressedRows:
+    # Products with int32 places take half of the time, and all that makes them is half as large.
+    fits = max(len(indices), *shape) <= np.iinfo(np.int32).max
+    places = np.int32 if fits else np.int64
     return CompressedRows(
-        to_tensor(indptr.astype(np.int64), device),
-        to_tensor(indices.astype(np.int64), device),
+        to_tensor(indptr.astype(places, copy=False), device),
+        to_tensor(indices.astype(places, copy=False), device),
         None if data is None else to_tensor(data, device),
         tuple(shape),
     )
@@ -314,7 +318,7 @@ def log_base_rows(X, family: Family) -> Tensor:
 
     sparse = sp.issparse(X)
     work, device = (stored, torch.device("cpu")) if sparse else (dense, X.device)
-    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), device))
+    return torch.cat(map_chunks(work, n, max(1, CHUNK_ENTRIES // p), device))
 
 
 def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -350,9 +354,15 @@ def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarr
 def _sums_observed(X) -> tuple[np.ndarray, np.ndarray]:
     """Add up the observed entries of each row and of each column, float64."""
     if sp.issparse(X):
-        data = np.nan_to_num(X.data.astype(np.float64))
-        filled = sp.csr_array((data, X.indices, X.indptr), shape=X.shape)
-        return np.asarray(filled.sum(axis=1)).ravel(), np.asarray(filled.sum(axis=0)).ravel()
+        n, p = X.shape
+        totals, columns = np.zeros(n), np.zeros(p)
+        size = max(1, n * CHUNK_ENTRIES // max(X.nnz, 1))
+        for start in range(0, n, size):
+            part = X[start : start + size].astype(np.float64)
+            np.nan_to_num(part.data, copy=False)
+            totals[start : start + size] = np.asarray(part.sum(axis=1)).ravel()
+            columns += np.asarray(part.sum(axis=0)).ravel()
+        return totals, columns
 
     def work(start: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = X[start:stop].to(torch.float64, copy=True)

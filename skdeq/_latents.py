@@ -22,6 +22,8 @@ _LEAST_RANK_TO_PREDICT = 4
 # Sample sizes of the average variances, which only shape steps.
 _VARIANCE_ROWS = 4096
 _VARIANCE_COLUMNS = 1024
+# Rows whose variances are formed at a time, if there are no more columns than that.
+_VARIANCE_CHUNK = 256
 
 
 def solve_latents(
@@ -274,9 +276,11 @@ def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
         variance = setting.family.statistics_(eta, variance=True)[2]
         # Entries that are missing may lie outside the domain.
         variance = torch.where(torch.isfinite(variance), variance, 0.0)
-        return variance.double().sum(0) if side == "rows" else variance.double().mean(1)
+        wide = torch.float64
+        return variance.sum(0, dtype=wide) if side == "rows" else variance.mean(1, dtype=wide)
 
-    parts = map_chunks(work, len(latents), 256, latents.device)
+    size = max(1, min(_VARIANCE_CHUNK, _VARIANCE_CHUNK * _VARIANCE_COLUMNS // len(loadings)))
+    parts = map_chunks(work, len(latents), size, latents.device)
     if side == "rows":
         return (torch.stack(parts).sum(0) / len(latents)).to(latents.dtype)
     return torch.cat(parts).to(latents.dtype)

@@ -187,7 +187,9 @@ def anderson(
     n_rows, r = start.shape
     # Orthonormal differences of steps, what undoing one of them does to the next point, and how
     # much of it the latest step has.
-    directions, responses, weights = [], [], []
+    directions: list[Tensor] = []
+    responses: list[Tensor] = []
+    weights: list[Tensor] = []
     last_z = last_step = start
     smallest = torch.finfo(start.dtype).tiny
     for iteration in range(max_iter + 1):

@@ -370,20 +370,24 @@ class MapProblem:
         Unless ``fresh``, what the curvature is at least: by self-concordance
         :math:`A''(\eta + \delta) \ge e^{-c |\delta|} A''(\eta)`.
         """
-        constant = self.family.self_concordance
-        fresh = fresh or constant is None
-        _, slope, _, size = self._accumulate(
-            z, rows, objective=False, gradient=True, hessian=False, curvature=fresh
+        size = None if fresh else self._least_size(z, rows)
+        _, slope, _, found = self._accumulate(
+            z, rows, objective=False, gradient=True, hessian=False, curvature=size is None
         )
-        if fresh:
+        if size is None:
+            size = found
             self._set_relative(rows, size)
             if self._size_at is None:
                 self._size_at = torch.zeros_like(self.projection)
             self._size[rows], self._size_at[rows] = size, z
-        else:
-            moved = (z - self._size_at[rows]).square_().sum(1).sqrt_()
-            size = self._size[rows] * moved.mul_(-constant * self._longest).exp_()
         return self._gradient(slope, z, rows), size
+
+    def _least_size(self, z: Tensor, rows: Tensor) -> Tensor | None:
+        constant, at = self.family.self_concordance, self._size_at
+        if constant is None or at is None:
+            return None
+        moved = (z - at[rows]).square_().sum(1).sqrt_()
+        return self._size[rows] * moved.mul_(-constant * self._longest).exp_()
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""

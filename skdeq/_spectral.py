@@ -1,11 +1,13 @@
 """Start of a fit: leading left singular vectors of the residuals of the intercept-only model."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._family import Family
 from skdeq._model import LatentModel, Setting
 from skdeq._observations import CompressedRows, Observations
 
@@ -33,27 +35,40 @@ def _on_link_scale(setting: Setting, mean: Tensor, exposure: Tensor) -> Observat
     and grows like log x, where Pearson residuals of counts that range over decades would be
     nothing but the largest of them.
     """
-    family, observations = setting.family, setting.observations
+    observations, family = setting.observations, setting.family
     values = observations.values
+    moved = _moved(values, exposure, mean, family)
     if isinstance(values, CompressedRows):
-        rows = torch.repeat_interleave(
-            torch.arange(len(exposure), device=exposure.device), values.indptr.diff()
-        )
-        expected = exposure[rows] * mean[values.indices]
-        moved = family.link((values.values + expected) / 2) - family.link(expected / 2)
-        moved = torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0)
-        return replace(observations, values=replace(values, values=moved))
+        # The transpose from that of the data, which is at hand: its places are the same.
+        moved.__dict__["T"] = _moved(values.T, mean, exposure, family)
+    return replace(observations, values=moved)
 
+
+def _moved(
+    values: Tensor | CompressedRows, by_row: Tensor, by_column: Tensor, family: Family
+) -> Tensor | CompressedRows:
+    """Residuals on the scale of the link about the product of two vectors."""
+    n, p = values.shape
+    places = values if isinstance(values, CompressedRows) else None
+    entries: Any = values if places is None else places.values
     # Not in parts put together, which would be in memory twice.
-    result = torch.empty_like(values)
+    result = torch.empty_like(entries)
 
     def work(low: int, high: int) -> None:
-        expected = exposure[low:high].unsqueeze(1) * mean
-        moved = family.link((values[low:high] + expected) / 2) - family.link(expected / 2)
-        torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0, out=result[low:high])
+        scale, expected = by_row[low:high].unsqueeze(1), by_column
+        where = slice(low, high)
+        if places is not None:
+            bounds = places.indptr[low : high + 1]
+            where = slice(*bounds[[0, -1]].tolist())
+            scale = torch.repeat_interleave(by_row[low:high], bounds.diff())
+            expected = by_column[places.indices[where]]
+        expected = scale * expected
+        moved = family.link((entries[where] + expected) / 2) - family.link(expected / 2)
+        torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0, out=result[where])
 
-    map_chunks(work, len(values), max(1, 2**20 // values.shape[1]), values.device)
-    return replace(observations, values=result)
+    width = p if places is None else max(1, len(entries) // max(n, 1))
+    map_chunks(work, n, max(1, 2**20 // width), entries.device)
+    return result if places is None else replace(places, values=result)
 
 
 def spectral_start(

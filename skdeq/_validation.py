@@ -11,6 +11,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from skdeq._base import (
+    CHUNK_ENTRIES,
     chunk_rows,
     detached,
     host_array,
@@ -236,10 +237,11 @@ def _first_outside(X: Tensor, family: Family) -> tuple[int, int, float] | None:
 
 
 def _check_sparse(estimator, X, family: Family) -> None:
-    outside = _outside(to_tensor(X.data), family)
-    if bool(outside.any()):
-        place = int(outside.nonzero()[0])
-        _refuse(estimator, family, *_place(X, place), float(X.data[place]))
+    for start in range(0, len(X.data), CHUNK_ENTRIES):
+        outside = _outside(to_tensor(X.data[start : start + CHUNK_ENTRIES]), family)
+        if bool(outside.any()):
+            place = start + int(outside.nonzero()[0])
+            _refuse(estimator, family, *_place(X, place), float(X.data[place]))
     zero = torch.zeros(1, dtype=torch.float64)
     if X.nnz < X.shape[0] * X.shape[1]:
         if not bool(family.support.contains(zero)):

@@ -1,6 +1,7 @@
 """The report of the benchmarks: every case runs, and what is written is well-formed."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from benchmarks import _report as report  # noqa: E402
 from benchmarks import _runner as runner  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks._suite import QUANTITIES, Case, Result, Settings, Trial  # noqa: E402
+from benchmarks.implicit_em import speed  # noqa: E402
 from benchmarks.workloads import WORKLOADS, roofline, scaling, searches  # noqa: E402
 
 
@@ -283,3 +285,43 @@ def test_fine_tuning_on_images_compares_every_method(data, monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 2 * 5
     assert all(0 <= float(row.split("|")[4]) <= 1 for row in rows)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script as from the command line; return the rows of its tables as lists of cells."""
+
+    def run(name, *arguments):
+        script = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(sys, "argv", [name, "--quick", *arguments])
+        script.main()
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("table", ["theorem", "ablation", "benchmark", "dynamics", "speed"])
+def test_every_table_of_the_encoder_is_made(table, data, run_script, monkeypatch):
+    # Each form of the data takes a fresh process.
+    monkeypatch.setattr(speed, "FORMS", {"uint8": speed.FORMS["uint8"]})
+    arguments = ["--table", table, "--epochs", "1", "--seeds", "1"]
+    rows = run_script("implicit_em_paper", "--data", str(data), *arguments)
+    assert len(rows) > 3
+    assert "nan" not in {cell for row in rows for cell in row}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "arguments", "needs_data"),
+    [
+        ("mnist_speed", ["--long-run", "3"], True),
+        ("drop_in", ["--only", "mnist"], True),
+        ("synthetic_latents", [], False),
+    ],
+)
+def test_every_script_makes_its_tables(name, arguments, needs_data, data, run_script):
+    rows = run_script(name, *arguments, *(["--data", str(data)] if needs_data else []))
+    assert len(rows) > 3
+    assert "nan" not in {cell for row in rows for cell in row}

@@ -42,10 +42,11 @@ def fits_table(mnist, options):
 
 
 def training_loop(X):
-    """Return (trainer, batches) as `fit` with the defaults makes them."""
+    """Return the trainer that `fit` with the defaults makes."""
     rows = torch.from_numpy(X)
     start = start_weights(N_COMPONENTS, X.shape[1], torch.Generator().manual_seed(0))
-    return encoder(0)._trainer(rows, fit_preconditioner(rows, None), start, X.dtype)
+    preconditioner = fit_preconditioner(rows, None)
+    return encoder(0)._trainer(rows, rows.device, preconditioner, start, X.dtype)
 
 
 def batches_of(n_rows):
@@ -106,9 +107,13 @@ def bare_products(X):
 def epochs_table(mnist, options):
     """Return (table of the time of an epoch, microseconds of one of our steps)."""
     X = mnist.X_train
-    trainer, row_batches = training_loop(X)
+    trainer = training_loop(X)
     order, batches = batches_of(len(X))
     rows, products = torch.from_numpy(X), bare_products(X).values()
+
+    def ours():
+        with trainer._threads():
+            trainer.epoch(None, order)
 
     def bare():
         for batch in rows.split(BATCH_SIZE):
@@ -116,7 +121,7 @@ def epochs_table(mnist, options):
                 product(batch)
 
     tasks = {
-        "ours": lambda: trainer.epoch(row_batches, None, order),
+        "ours": ours,
         "autograd": autograd_epoch(X)[1],
         "products": bare,
     }
@@ -139,7 +144,8 @@ def epochs_table(mnist, options):
 def parts_of_steps(mnist, options):
     """Return {part: seconds in each step}, and the same of its bare matrix products."""
     X = mnist.X_train
-    trainer, row_batches = training_loop(X)
+    trainer = training_loop(X)
+    row_batches = trainer.rows
     weights, activation = trainer.weights, trainer.options.activation
     rows, products = torch.from_numpy(X), bare_products(X)
     _, batches = batches_of(len(X))
@@ -151,7 +157,7 @@ def parts_of_steps(mnist, options):
             gradient, batch, weights, beta=1, alpha=-trainer.options.learning_rate
         )
 
-    for _ in range(options.repeats):
+    def one_epoch():
         for index in batches:
             preactivation, distance, objective = trainer._buffers_for(len(index))
             batch, gather = common.seconds_of(row_batches.gather, index)
@@ -165,6 +171,11 @@ def parts_of_steps(mnist, options):
             step = (gather, project, value + slope, terms, pull)
             for name, seconds in zip(parts, step, strict=True):
                 parts[name].append(seconds)
+
+    for _ in range(options.repeats):
+        # Its own threads: the rows, which another one fetches in `fit`, are fetched in turn.
+        with trainer._threads():
+            one_epoch()
         # Not between the steps: other data in the cache would slow them down.
         for batch in rows.split(BATCH_SIZE):
             for name, product in products.items():
