@@ -17,12 +17,20 @@ __all__ = [
     "map_chunks",
     "one_ahead",
     "parallel_chunks",
+    "tile_entries",
     "working_entries",
 ]
 
 # Share of the free memory of a device that one working array of a chunk may take: about eight of
 # its size are alive at once.
 _WORKING_SHARE = 1 / 16
+# Entries of a tile: small enough for the cache of a core, where it is filled, transformed and
+# reduced (full-size temporaries are 5-10 times slower), and large enough that Python, whose lock
+# the threads share, is a small part of the work.
+_TILE_ENTRIES = 2**20
+# The same on a card: all that keeps it busy, less where its memory is short.
+_TILE_ENTRIES_CUDA = 2**26
+_LEAST_ENTRIES_CUDA = 2**20
 
 Result = TypeVar("Result")
 
@@ -195,6 +203,15 @@ def working_entries(device: torch.device, most: int, least: int, itemsize: int) 
     """
     entries = int(free_memory(device) * _WORKING_SHARE / itemsize)
     return max(least, min(most, 1 << max(entries, 1).bit_length() - 1))
+
+
+def tile_entries(like: torch.Tensor) -> int:
+    """Entries of a tile on the device of a tensor, in its type."""
+    if like.device.type == "cpu":
+        return _TILE_ENTRIES
+    return working_entries(
+        like.device, _TILE_ENTRIES_CUDA, _LEAST_ENTRIES_CUDA, like.element_size()
+    )
 
 
 def one_ahead(function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:

@@ -60,11 +60,11 @@ class FixedPointProblem(Protocol):
     """Whether the curvature that scales the residual has a bound, and so cannot go far astray
     between two evaluations."""
 
-    terms: float
-    """Weight of the terms that the objective of a row sums up: what its rounding grows with."""
-
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64, shape (m,); infinite outside the domain."""
+
+    def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """Error (m,) that rounding may have made in the objectives at ``z``."""
 
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient (m, r) and the scaled residual (m,) at ``z``.

@@ -158,7 +158,6 @@ class HierarchyProblem:
         self.n_rows = bottom.n_rows
         # The maps have slopes of at most one.
         self.scale_is_bounded = bottom.scale_is_bounded
-        self.terms = bottom.terms + self.r
         self._squares = [layer.loadings.square().sum(1) for layer in upper]
         self._inverses = None
         if bottom.has_curvature:
@@ -236,6 +235,11 @@ class HierarchyProblem:
         bottom, size = self.bottom.gradient_and_size(parts[0], rows, fresh)
         gradient = self._gradient(bottom, parts, energies)
         return gradient, self._residual(gradient, parts, energies, size)
+
+    def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """Error that rounding may have made in the objectives at ``z``."""
+        bottom = self.bottom.rounding(objective, self._parts(z)[0], rows)
+        return bottom + torch.finfo(z.dtype).eps * self.r
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
         """Gradient of each row and nothing else."""

@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skdeq._chunks import working_entries
+from skdeq._chunks import tile_entries
 from skdeq._family import Family
 from skdeq._observations import Observations
 
 __all__ = ["MapProblem"]
 
-# Entries of a tile: small enough for the cache of a core, where it is filled, transformed and
-# reduced (full-size temporaries are 5-10 times slower), and large enough that Python, whose lock
-# the threads share, is a small part of the work.
-_TILE_ENTRIES = 2**20
-# The same on a card: all that keeps it busy, less where its memory is short.
-_TILE_ENTRIES_CUDA = 2**26
-_LEAST_ENTRIES_CUDA = 2**20
 _LEAST_ROWS, _MOST_ROWS = 1024, 16384
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
 # up to 50 unknowns no fewer rows than else.
@@ -44,14 +37,6 @@ _LEAST_ENTRIES = 2**18
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
 _SAFE_MOVE = 1.0
-
-
-def _tile_entries(like: Tensor) -> int:
-    if like.device.type == "cpu":
-        return _TILE_ENTRIES
-    return working_entries(
-        like.device, _TILE_ENTRIES_CUDA, _LEAST_ENTRIES_CUDA, like.element_size()
-    )
 
 
 class MapProblem:
@@ -102,26 +87,27 @@ class MapProblem:
         self.q, self.r = design.shape
         self.n_rows = observations.shape[0]
         self._bounds = (0, self.n_rows)
-        self._tile = _tile_entries(design)
+        self._tile = tile_entries(design)
         self._size = design.new_zeros(self.n_rows)
         self._size_at: Tensor | None = None
-        extra = []
-        if offset is not None:
-            extra.append(offset.unsqueeze(0))
+        ones = torch.ones_like(design[:, :1].T)
+        extra = [] if offset is None else [offset.unsqueeze(0)]
         if row_offset is not None:
-            extra.append(torch.ones_like(design[:, :1].T))
+            extra.append(ones)
         # Rows, not columns: a product with few rows of long contiguous memory is several times
         # faster than one with few columns. The offsets ride along as two further rows.
-        self._expand = torch.cat([design.T, *extra]).contiguous()
+        both = torch.cat([ones, design.T, *extra])
+        self._expand, self._collect = both[1:], both[: self.r + 1]
+        if weight is not None:
+            self._collect = self._collect * weight
         self._has_offset = offset is not None
-        ones = torch.ones_like(design[:, :1].T) if weight is None else weight.unsqueeze(0)
-        self._collect = torch.cat([ones, self._expand[: self.r] * ones]).contiguous()
         self.projection = design.new_zeros(self.n_rows, self.r)
         # The part of sum_j T(x_j) eta_j that does not depend on z.
         self.constant = design.new_zeros(self.n_rows, dtype=torch.float64)
         if family.is_canonical:
             # T(x) enters the problem through this product alone.
-            projected = observations @ (self._expand * ones).T.contiguous()
+            weighted = self._expand if weight is None else self._expand * weight
+            projected = observations @ weighted.T
             self.projection = projected[:, : self.r].contiguous()
             if offset is not None:
                 self.constant += projected[:, self.r]
@@ -132,7 +118,7 @@ class MapProblem:
         longest = square.max() if len(square) else square.sum()
         # Read together: each of them makes the host wait for the device.
         numbers = torch.stack([self._collect[0].sum(), self._square.sum(), longest])
-        self.terms, spread, longest = numbers.tolist()
+        self._terms, spread, longest = numbers.tolist()
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
         # tends to minus infinity) counts as solved instead of being chased for ever.
         self._least = spread / self.r * torch.finfo(design.dtype).eps
@@ -323,10 +309,19 @@ class MapProblem:
         return total, slope, bend, size
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        linear = (self._of(self.projection, rows).double() * z.double()).sum(1)
-        linear = linear + self._of(self.constant, rows)
-        value = total - linear + 0.5 * (z.double().square() @ self.penalty.double())
+        value = total - self._linear(z, rows) + 0.5 * (z.double().square() @ self.penalty.double())
         return torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
+
+    def _linear(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Sum of T(x) eta, where it does not enter term by term."""
+        linear = (self._of(self.projection, rows).double() * z.double()).sum(1)
+        return linear + self._of(self.constant, rows)
+
+    def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """Error that rounding may have made in the objectives at ``z``."""
+        # Of the sums that make it up, which may cancel.
+        sizes = 8 * (objective.abs() + self._linear(z, rows).abs()) + self._terms
+        return torch.finfo(z.dtype).eps * sizes
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)

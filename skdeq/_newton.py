@@ -165,7 +165,7 @@ def backtrack(
         return point, length
     slope = (gradient * step).sum(1).double()
     # Rounding of the objective must not be taken for an increase.
-    slack = torch.finfo(start.dtype).eps * (8 * objective.abs() + problem.terms)
+    slack = problem.rounding(objective, start, rows)
     for _ in range(_MAX_CUTS):
         if not len(left):
             break

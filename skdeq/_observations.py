@@ -184,8 +184,13 @@ class Observations:
         right = other.T.contiguous()
         if n >= p:
             size = max(64, _PRODUCT_ENTRIES // p)
-            parts = map_chunks(lambda low, high: right @ values[low:high].T, n, size, self.device)
-            return torch.cat(parts, dim=1).T.contiguous()
+            product = values.new_empty(n, right.shape[0])
+
+            def work(low: int, high: int) -> None:
+                product[low:high] = (right @ values[low:high].T).T
+
+            map_chunks(work, n, size, self.device)
+            return product
         # Wide data, such as the transpose of tall: split the sum, and add up in order.
         size = max(64, _PRODUCT_ENTRIES // n)
         parts = map_chunks(

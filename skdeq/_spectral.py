@@ -1,15 +1,17 @@
 """Start of a fit: leading left singular vectors of the residuals of the intercept-only model."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import map_chunks, tile_entries
 from skdeq._family import Family
 from skdeq._model import LatentModel, Setting
-from skdeq._observations import CompressedRows, Observations
+from skdeq._observations import CompressedRows
 
 __all__ = ["spectral_start"]
 
@@ -26,49 +28,170 @@ _LEAST_SHARE = 0.1
 # does, but by no more than this times the median variance, lest a few features of enormous
 # counts decide.
 _MOST_OF_MEDIAN = 3.0
+# Rows of residuals that are formed at a time, at least: each time leaves sums as wide as the data.
+_LEAST_ROWS = 256
 
 
-def _on_link_scale(setting: Setting, mean: Tensor, exposure: Tensor) -> Observations:
-    """Change of the canonical parameter that each entry asks for, half way to the mean.
+class _Residuals(ABC):
+    """Residuals R of the model without latents, (n, p): known through products alone.
 
-    ``link((x + mu) / 2) - link(mu / 2)`` is linear in x for x near the mean mu, zero for x = 0,
-    and grows like log x, where Pearson residuals of counts that range over decades would be
-    nothing but the largest of them.
+    Parameters
+    ----------
+    setting : Setting
+    intercept : Tensor of shape (p,)
+    on_link_scale : bool
+        Pearson's residuals, or else, for each entry, the change of the canonical parameter that
+        it asks for, half way to the mean: ``link((x + mu) / 2) - link(mu / 2)`` is linear in x
+        for x near the mean mu, zero for x = 0, and grows like log x, where Pearson's residuals of
+        counts that range over decades would be nothing but the largest of them.
+
+    Attributes
+    ----------
+    exposure, weight : Tensor of shape (n,)
+        Exponentials of the row offsets, and the sample weights.
     """
-    observations, family = setting.observations, setting.family
-    values = observations.values
-    moved = _moved(values, exposure, mean, family)
-    if isinstance(values, CompressedRows):
+
+    def __init__(self, setting: Setting, intercept: Tensor, on_link_scale: bool):
+        family, observations = setting.family, setting.observations
+        self.family, self.observations = family, observations
+        self.on_link_scale = on_link_scale
+        self.mean = family.mean(intercept)
+        variance = family.variance(intercept)
+        ones = self.mean.new_ones(observations.shape[0])
+        self.exposure = ones if setting.row_offset is None else setting.row_offset.exp()
+        self.weight = ones if setting.sample_weight is None else setting.sample_weight
+        # R = root (T - profile centre) scale, by rows and columns; T(x), or what stands for it.
+        if on_link_scale:
+            most = _MOST_OF_MEDIAN * float(variance.median())
+            self._scale, self._root = variance.clamp_max(most).sqrt(), self.exposure.sqrt()
+            self._profile, self._centre = ones, self._average()
+        else:
+            least = _LEAST_SHARE * float(variance.mean()) + 1e-30
+            self._scale, self._root = variance.clamp_min(least).rsqrt(), self.exposure.rsqrt()
+            self._profile, self._centre = self.exposure, self.mean
+
+    @abstractmethod
+    def _average(self) -> Tensor:
+        """Weighted mean of the observed entries of each column on the scale of the link, (p,)."""
+
+    @abstractmethod
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return R M, (n, r), for a matrix M (p, r)."""
+
+    @abstractmethod
+    def normal(self, matrix: Tensor) -> Tensor:
+        """Return R^T S R M, (p, r), for sample weights S and a matrix M (p, r)."""
+
+
+def _change_of_link(entries: Tensor, expected: Tensor, family: Family) -> Tensor:
+    moved = family.link((entries + expected).div_(2)).sub_(family.link(expected / 2))
+    return moved.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class _DenseResiduals(_Residuals):
+    """Of dense data: formed a block of rows at a time and never kept."""
+
+    def _entries(self, low: int, high: int) -> Tensor:
+        rows = self.observations.dense_rows(low, high)
+        if not self.on_link_scale:
+            return rows
+        return _change_of_link(rows, self.exposure[low:high].unsqueeze(1) * self.mean, self.family)
+
+    def _rows(self, low: int, high: int) -> Tensor:
+        profile = self._profile[low:high].unsqueeze(1)
+        rows = torch.addcmul(self._entries(low, high), profile, self._centre, value=-1)
+        rows.mul_(self._scale).mul_(self._root[low:high].unsqueeze(1))
+        gaps = self.observations.missing_rows(low, high)
+        return rows if gaps is None else rows.masked_fill_(gaps, 0)
+
+    def _over_rows(self, work: Callable[[int, int], Tensor]) -> list[Tensor]:
+        n, p = self.observations.shape
+        size = max(_LEAST_ROWS, tile_entries(self.mean) // p)
+        return map_chunks(work, n, size, self.mean.device)
+
+    def _average(self) -> Tensor:
+        def work(low: int, high: int) -> Tensor:
+            entries, weight = self._entries(low, high), self.weight[low:high]
+            gaps = self.observations.missing_rows(low, high)
+            if gaps is None:
+                return torch.stack([weight @ entries, weight.sum().expand(len(self.mean))])
+            return torch.stack(
+                [weight @ entries.masked_fill(gaps, 0), weight @ (~gaps).to(weight)]
+            )
+
+        sums, counts = torch.stack(self._over_rows(work)).sum(0)
+        return sums / counts
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return R M."""
+        return torch.cat(self._over_rows(lambda low, high: self._rows(low, high) @ matrix))
+
+    def normal(self, matrix: Tensor) -> Tensor:
+        """Return R^T S R M."""
+
+        def work(low: int, high: int) -> Tensor:
+            rows = self._rows(low, high)
+            return rows.T @ (rows @ matrix).mul_(self.weight[low:high].unsqueeze(1))
+
+        return torch.stack(self._over_rows(work)).sum(0)
+
+
+class _SparseResiduals(_Residuals):
+    """Of sparse data: the data minus a matrix of rank one."""
+
+    def __init__(self, setting: Setting, intercept: Tensor, on_link_scale: bool):
+        self._entries = setting.observations
+        super().__init__(setting, intercept, on_link_scale)
+
+    def _average(self) -> Tensor:
+        observations = self.observations
+        values: Any = observations.values
+        moved = self._moved(values, self.exposure, self.mean)
         # The transpose from that of the data, which is at hand: its places are the same.
-        moved.__dict__["T"] = _moved(values.T, mean, exposure, family)
-    return replace(observations, values=moved)
+        moved.__dict__["T"] = self._moved(values.T, self.mean, self.exposure)
+        self._entries = replace(observations, values=moved)
+        weight = self.weight.unsqueeze(1)
+        counts = self.weight.sum().expand(len(self.mean))
+        if observations.missing is not None:
+            counts = counts - observations.T.missing_product(weight).squeeze(1)
+        return (self._entries.T @ weight).squeeze(1) / counts
 
+    def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> CompressedRows:
+        # Not in parts put together, which would be in memory twice.
+        result = torch.empty_like(places.values)
 
-def _moved(
-    values: Tensor | CompressedRows, by_row: Tensor, by_column: Tensor, family: Family
-) -> Tensor | CompressedRows:
-    """Residuals on the scale of the link about the product of two vectors."""
-    n, p = values.shape
-    places = values if isinstance(values, CompressedRows) else None
-    entries: Any = values if places is None else places.values
-    # Not in parts put together, which would be in memory twice.
-    result = torch.empty_like(entries)
-
-    def work(low: int, high: int) -> None:
-        scale, expected = by_row[low:high].unsqueeze(1), by_column
-        where = slice(low, high)
-        if places is not None:
+        def work(low: int, high: int) -> None:
             bounds = places.indptr[low : high + 1]
             where = slice(*bounds[[0, -1]].tolist())
-            scale = torch.repeat_interleave(by_row[low:high], bounds.diff())
-            expected = by_column[places.indices[where]]
-        expected = scale * expected
-        moved = family.link((entries[where] + expected) / 2) - family.link(expected / 2)
-        torch.nan_to_num(moved, nan=0.0, posinf=0.0, neginf=0.0, out=result[where])
+            expected = torch.repeat_interleave(by_row[low:high], bounds.diff())
+            expected *= by_column[places.indices[where]]
+            result[where] = _change_of_link(places.values[where], expected, self.family)
 
-    width = p if places is None else max(1, len(entries) // max(n, 1))
-    map_chunks(work, n, max(1, 2**20 // width), entries.device)
-    return result if places is None else replace(places, values=result)
+        n = places.shape[0]
+        width = max(1, len(result) // max(n, 1))
+        map_chunks(work, n, max(1, tile_entries(result) // width), result.device)
+        return replace(places, values=result)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return R M."""
+        scaled = matrix * self._scale.unsqueeze(1)
+        product = self._entries @ scaled
+        product.addr_(self._profile, self._centre @ scaled, alpha=-1)
+        if self._entries.missing is not None:
+            gaps = self._entries.missing_product(self._centre.unsqueeze(1) * scaled)
+            product.addcmul_(self._profile.unsqueeze(1), gaps)
+        return product.mul_(self._root.unsqueeze(1))
+
+    def normal(self, matrix: Tensor) -> Tensor:
+        """Return R^T S R M."""
+        scaled = self.times(matrix).mul_((self._root * self.weight).unsqueeze(1))
+        transposed = self._entries.T
+        product = transposed @ scaled
+        product.addr_(self._centre, self._profile @ scaled, alpha=-1)
+        if transposed.missing is not None:
+            gaps = transposed.missing_product(scaled.mul_(self._profile.unsqueeze(1)))
+            product.addcmul_(self._centre.unsqueeze(1), gaps)
+        return product.mul_(self._scale.unsqueeze(1))
 
 
 def spectral_start(
@@ -80,8 +203,7 @@ def spectral_start(
 ) -> LatentModel:
     """Latents with unit second moments from an SVD; loadings are still zero.
 
-    The SVD is exact for small data and randomised for large. The residual matrix of large data is
-    never formed: it is the data minus a matrix of rank one, and enters through products only.
+    The SVD is exact for small data and randomised for large.
 
     Parameters
     ----------
@@ -92,71 +214,39 @@ def spectral_start(
     generator : torch.Generator
         Draws the test matrix (p, k + 8), on the CPU.
     on_link_scale : bool
-        Whether the residuals are those of :func:`_on_link_scale` rather than Pearson's.
+        Which residuals to decompose, see :class:`_Residuals`.
 
     Returns
     -------
     LatentModel
     """
-    family = setting.family
     n, p = setting.observations.shape
-    dtype, device = setting.observations.dtype, setting.observations.device
-    mean = family.mean(intercept)
-    variance = family.variance(intercept)
-    ones = torch.ones(n, dtype=dtype, device=device)
-    exposure = ones if setting.row_offset is None else setting.row_offset.exp()
-    weight = ones if setting.sample_weight is None else setting.sample_weight
-    if not on_link_scale:
-        observations, centre, profile = setting.observations, mean, exposure
-        least = _LEAST_SHARE * float(variance.mean()) + 1e-30
-        scale, root = variance.clamp_min(least).rsqrt(), exposure.rsqrt()
-    else:
-        observations = _on_link_scale(setting, mean, exposure)
-        counts = weight.sum().expand(p)
-        if observations.missing is not None:
-            counts = counts - observations.T.missing_product(weight.unsqueeze(1)).squeeze(1)
-        centre = (observations.T @ weight.unsqueeze(1)).squeeze(1) / counts
-        profile = ones
-        scale = variance.clamp_max(_MOST_OF_MEDIAN * float(variance.median())).sqrt()
-        root = exposure.sqrt()
-
-    def residuals(matrix: Tensor) -> Tensor:
-        scaled = matrix * scale.unsqueeze(1)
-        expected = (centre @ scaled).expand(n, -1)
-        if observations.missing is not None:
-            expected = expected - observations.missing_product(centre.unsqueeze(1) * scaled)
-        return root.unsqueeze(1) * (observations @ scaled - profile.unsqueeze(1) * expected)
-
-    transposed = observations.T
-
-    def adjoint(matrix: Tensor) -> Tensor:
-        scaled = matrix * (root * weight).unsqueeze(1)
-        weighted = scaled * profile.unsqueeze(1)
-        expected = weighted.sum(0).expand(p, -1)
-        if observations.missing is not None:
-            expected = expected - transposed.missing_product(weighted)
-        return scale.unsqueeze(1) * (transposed @ scaled - centre.unsqueeze(1) * expected)
-
+    sparse = isinstance(setting.observations.values, CompressedRows)
+    residuals = (_SparseResiduals if sparse else _DenseResiduals)(
+        setting, intercept, on_link_scale
+    )
     if n * p <= _EXACT_ENTRIES and n * p * p <= _EXACT_FLOPS:
-        basis = torch.eye(p, dtype=dtype, device=device)
+        basis = torch.eye(p, dtype=intercept.dtype, device=intercept.device)
     else:
         size = min(n_components + _OVERSAMPLING, n, p)
-        basis = torch.randn(p, size, generator=generator, dtype=torch.float64)
-        basis = basis.to(device, dtype)
+        basis = torch.randn(p, size, generator=generator, dtype=torch.float64).to(intercept)
         for _ in range(_POWER_ITERATIONS):
-            basis = adjoint(residuals(torch.linalg.qr(basis)[0]))
+            basis = residuals.normal(torch.linalg.qr(basis)[0])
             # Powers of large or tiny residuals must not leave the range of float32.
-            basis = basis / basis.abs().max().clamp_min(torch.finfo(dtype).tiny)
+            basis = basis / basis.abs().max().clamp_min(torch.finfo(basis.dtype).tiny)
         basis = torch.linalg.qr(basis)[0]
-    left = residuals(basis)
-    gram = (left * weight.unsqueeze(1)).T @ left
-    _, vectors = torch.linalg.eigh(gram.double())
-    leading = vectors.flip(1)[:, :n_components].to(dtype)
+    gram = (basis.T @ residuals.normal(basis)).double()
+    _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    leading = vectors.flip(1)[:, :n_components].to(basis.dtype)
     # Both scalings of the rows stand for a weight of root of the exposure.
-    latents = (left @ leading) * exposure.rsqrt().unsqueeze(1)
-    moment = (latents.square() * weight.unsqueeze(1)).double().sum(0) / setting.total_weight
+    latents = residuals.times(basis @ leading)
+    latents *= residuals.exposure.rsqrt().unsqueeze(1)
+    moment = (
+        torch.stack([residuals.weight.double() @ column.double().square() for column in latents.T])
+        / setting.total_weight
+    )
     # A direction without any variance is left at zero rather than blown up to unit size.
     largest = float(moment.max())
     moment = torch.where(moment > 1e-24 * largest, moment, torch.inf)
-    latents = latents * moment.rsqrt().to(dtype)
+    latents *= moment.rsqrt().to(latents.dtype)
     return LatentModel(intercept.new_zeros(p, n_components), intercept.clone(), latents)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from conftest import sample
 from scipy.optimize import minimize
@@ -274,23 +275,72 @@ def test_missing_and_sparse_observations_give_the_same_problem():
 
 
 def test_tiles_do_not_change_the_result(monkeypatch):
-    import skdeq._map_problem as module
+    import skdeq._chunks
+    import skdeq._map_problem
 
     problem = make_problem("poisson", p=200)
     rows = every(problem)
     z = 0.1 * torch.ones(30, 2, dtype=torch.float64)
     whole = problem.derivatives(z, rows)
     assert problem.tile_columns(30) == 200
-    monkeypatch.setattr(module, "_TILE_ENTRIES", 64 * 30)
+    monkeypatch.setattr(skdeq._chunks, "_TILE_ENTRIES", 64 * 30)
     tiled = make_problem("poisson", p=200)
     assert tiled.tile_columns(30) == 64
     for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     # Nor does it matter whether the products of pairs of loadings are kept.
-    monkeypatch.setattr(module, "_HESSIAN_ENTRIES", 100)
+    monkeypatch.setattr(skdeq._map_problem, "_HESSIAN_ENTRIES", 100)
     tiled = make_problem("poisson", p=200)
     for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli", "poisson"])
+def test_rounding_of_the_objective_is_bounded_where_its_sums_cancel(family):
+    generator = torch.Generator().manual_seed(0)
+    loadings = 0.5 * torch.randn(40, 3, generator=generator)
+    z = torch.randn(5000, 3, generator=generator)
+    law = get_family(family)
+    mean = law.mean(z @ loadings.T + 1)
+    draw = {"poisson": torch.poisson, "bernoulli": torch.bernoulli, "gaussian": torch.normal}
+    X = draw[family](mean, generator=generator)
+    rows = torch.arange(len(z))
+
+    def problem(dtype):
+        penalty, offset = torch.ones(3, dtype=dtype), torch.ones(40, dtype=dtype)
+        return MapProblem(
+            law, loadings.to(dtype), Observations(X.to(dtype)), penalty, offset=offset
+        )
+
+    single = problem(torch.float32)
+    objective = single.objective(z, rows)
+    if family == "poisson":
+        assert (objective.abs() < 5).sum() > 100
+    error = (objective - problem(torch.float64).objective(z.double(), rows)).abs()
+    assert (error <= single.rounding(objective, z, rows)).all()
+
+
+@pytest.mark.parametrize("places", [torch.int32, torch.int64])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_transpose_of_compressed_rows_is_scipys(places, pattern):
+    X = sp.random_array((40, 15), density=0.2, format="csr", rng=np.random.default_rng(0))
+    X[3, :] = 0
+    X.eliminate_zeros()
+    parts = torch.from_numpy(X.indptr).to(places), torch.from_numpy(X.indices).to(places)
+    rows = CompressedRows(*parts, None if pattern else torch.from_numpy(X.data), X.shape)
+    expected = X.T.tocsr()
+    np.testing.assert_array_equal(rows.T.indptr, expected.indptr)
+    np.testing.assert_array_equal(rows.T.indices, expected.indices)
+    assert rows.T.shape == (15, 40)
+    assert rows.T.T is rows
+    if pattern:
+        assert rows.T.values is None
+        np.testing.assert_array_equal(rows.T.places(2, 9), expected[2:9].toarray() != 0)
+    else:
+        np.testing.assert_array_equal(rows.T.values, expected.data)
+        np.testing.assert_array_equal(
+            rows.T.take(torch.tensor([8, 2])).to_dense(), expected[[8, 2]].toarray()
+        )
 
 
 class CountedProblem:
