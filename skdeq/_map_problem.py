@@ -12,7 +12,6 @@ feature. Both halves of the alternation are therefore one piece of code.
 """
 
 import math
-import threading
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from skdeq._chunks import tile_entries
 from skdeq._family import Family
+from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
 __all__ = ["MapProblem"]
@@ -123,27 +123,14 @@ class MapProblem:
         # tends to minus infinity) counts as solved instead of being chased for ever.
         self._least = spread / self.r * torch.finfo(design.dtype).eps
         self._longest = math.sqrt(longest)
-        self._upper = torch.triu_indices(self.r, self.r, device=design.device)
-        # What the chunks share, made when the first of them asks for it.
-        self._shared: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        self._outer = OuterProducts(self._collect[1:], self._expand[: self.r], _HESSIAN_ENTRIES)
         self.scale_is_bounded = family.variance_bound is not None
-        self._set_map(curvature, shared_map)
-
-    def _set_map(self, curvature: Tensor | None, shared_map: bool) -> None:
-        self._basis = None
-        if curvature is None:
-            return
-        shared = (self.design * (curvature * self._collect[0]).unsqueeze(1)).T @ self.design
-        values, vectors = torch.linalg.eigh(shared.double())
-        self._spectrum = values.clamp_min(0).to(self.design.dtype)
-        self._basis = vectors.to(self.design.dtype)
-        self._inverse = None
-        if shared_map:
-            inner = values.clamp_min(0) + self.penalty.double().amax()
-            self._inverse = ((vectors / inner) @ vectors.T).to(self.design.dtype)
-        self._typical = float((curvature * self._square).sum()) / self.r
-        self._relative = self.design.new_ones(self.n_rows)
+        self._map = None
+        if curvature is not None:
+            variance = curvature * self._collect[0]
+            self._map = CurvatureMap(
+                design, variance, penalty, None if shared_map else self.n_rows
+            )
 
     def tile_columns(self, rows: int) -> int:
         """Return how many features a tile of so many rows has, so that it stays in the cache."""
@@ -178,8 +165,7 @@ class MapProblem:
         part.__dict__.pop("_statistic", None)
         first = self._bounds[0]
         part._bounds = (first + start, first + stop)
-        if self._basis is not None:
-            part._relative = self._relative[start:stop].clone()
+        part._map = None if self._map is None else self._map[start:stop]
         return part
 
     def select(self, index: Tensor) -> "MapProblem":
@@ -196,8 +182,7 @@ class MapProblem:
         part.__dict__["_missing"] = None if missing is None else missing[index]
         if not self.family.is_canonical:
             part.__dict__["_statistic"] = self._statistic[index]
-        if self._basis is not None:
-            part._relative = self._relative[index].clone()
+        part._map = None if self._map is None else self._map[index]
         return part
 
     def smooth(self, width: float) -> None:
@@ -208,7 +193,7 @@ class MapProblem:
     @property
     def has_curvature(self) -> bool:
         """Whether the map of `step` is shaped by a curvature."""
-        return self._basis is not None
+        return self._map is not None
 
     @property
     def rows_differ_in_data_alone(self) -> bool:
@@ -260,12 +245,11 @@ class MapProblem:
         weighted = self.weight is not None or missing is not None
         canonical = self.family.is_canonical
         statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
-        pairs = self._pairs() if hessian else None
-        if hessian and pairs is None:
-            width = max(16, min(width, _HESSIAN_ENTRIES // self._upper.shape[1]))
+        if hessian:
+            width = self._outer.tile_columns(width)
         total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope: Tensor | Any = z.new_zeros(self.r, len(z)) if gradient else None
-        bend: Tensor | Any = z.new_zeros(self._upper.shape[1], len(z)) if hessian else None
+        bend: Tensor | Any = z.new_zeros(self._outer.pairs, len(z)) if hessian else None
         size: Tensor | Any = z.new_zeros(len(z)) if curvature else None
         buffer = z.new_empty(len(z), width)
         for start in range(0, self.q, width):
@@ -301,9 +285,7 @@ class MapProblem:
             if gradient:
                 slope.addmm_(collect[1:], mean.T)
             if hessian:
-                columns = slice(start, stop)
-                of_tile = self._products(columns) if pairs is None else pairs[:, columns]
-                bend.addmm_(of_tile, variance.T)
+                bend.addmm_(self._outer.of(slice(start, stop)), variance.T)
             if curvature:
                 size += torch.mv(variance, self._square[start:stop])
         return total, slope, bend, size
@@ -340,10 +322,9 @@ class MapProblem:
         # Outside the domain the curvature is infinite, and nothing is solved.
         return torch.where(torch.isfinite(scale), residual, torch.inf)
 
-    def _set_relative(self, rows: Tensor, curvature: Tensor) -> None:
-        if self._basis is not None and self._inverse is None:
-            typical = max(self._typical, 1e-30)
-            self._relative[rows] = (curvature / self.r / typical).clamp(1e-3, 1e3)
+    def _adapt(self, rows: Tensor, size: Tensor) -> None:
+        if self._map is not None:
+            self._map.adapt(rows, size / self.r)
 
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64; infinite outside the domain of the family."""
@@ -371,7 +352,7 @@ class MapProblem:
         )
         if size is None:
             size = found
-            self._set_relative(rows, size)
+            self._adapt(rows, size)
             if self._size_at is None:
                 self._size_at = torch.zeros_like(self.projection)
             self._size[rows], self._size_at[rows] = size, z
@@ -386,12 +367,12 @@ class MapProblem:
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
-        adapt = self._basis is not None and self._inverse is None
+        adapt = self._map is not None and self._map.adapts
         total, slope, _, size = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=False, curvature=adapt
         )
         if adapt:
-            self._set_relative(rows, size)
+            self._adapt(rows, size)
         return self._penalised(total, z, rows), self._gradient(slope, z, rows)
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
@@ -412,7 +393,7 @@ class MapProblem:
         total, slope, bend, _ = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=True, curvature=False
         )
-        hessian = self._symmetric(bend)
+        hessian = self._outer.symmetric(bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         if not self.family.is_canonical:
@@ -425,7 +406,7 @@ class MapProblem:
                 curvature=False,
                 observed=True,
             )[2]
-            exact = self._symmetric(bend)
+            exact = self._outer.symmetric(bend)
             exact.diagonal(dim1=1, dim2=2).add_(self.penalty)
             usable = observed | (torch.linalg.cholesky_ex(exact)[1] == 0)
             hessian = torch.where(usable[:, None, None], exact, hessian)
@@ -433,45 +414,11 @@ class MapProblem:
         residual = self._residual(gradient, z, size)
         return self._penalised(total, z, rows), gradient, hessian, residual
 
-    def _products(self, columns: slice) -> Tensor:
-        """Products of pairs of columns of the design, weighted, (r (r + 1) / 2, some of q)."""
-        weighted, plain = self._collect[1:, columns], self._expand[: self.r, columns]
-        products = plain.new_empty(self._upper.shape[1], plain.shape[1])
-        low = 0
-        # Row by row into place: gathering both factors first takes three times as long.
-        for one in range(self.r):
-            high = low + self.r - one
-            torch.mul(weighted[one], plain[one:], out=products[low:high])
-            low = high
-        return products
-
-    def _pairs(self) -> Tensor | None:
-        """Those products for all features, kept for the next call where they are not too many."""
-        if self._upper.shape[1] * self.q > _HESSIAN_ENTRIES:
-            return None
-        with self._lock:
-            if "pairs" not in self._shared:
-                self._shared["pairs"] = self._products(slice(None))
-        return self._shared["pairs"]
-
-    def _symmetric(self, bend: Tensor) -> Tensor:
-        """Matrices (m, r, r) from their upper triangles (r (r + 1) / 2, m)."""
-        first, second = self._upper
-        places = torch.empty(self.r, self.r, dtype=torch.long, device=bend.device)
-        places[first, second] = places[second, first] = torch.arange(
-            len(first), device=bend.device
-        )
-        # Whole rows are fetched, and the matrices are a view across them.
-        return bend.index_select(0, places.flatten()).T.unflatten(1, (self.r, self.r))
-
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement f(z) - z of the map whose fixed points are the solutions."""
-        if self._basis is None:
+        if self._map is None:
             return -gradient / self.penalty
-        if self._inverse is not None:
-            return -(gradient @ self._inverse)
-        inner = self.penalty.amax() + self._relative[rows].unsqueeze(1) * self._spectrum
-        return -((gradient @ self._basis) / inner) @ self._basis.T
+        return self._map.step(gradient, rows)
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
         """Where a full Newton step decreases the objective by self-concordance."""
