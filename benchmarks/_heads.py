@@ -23,8 +23,8 @@ def train_head(network, features, targets, n_outputs, epochs):
     rows = TrainingRows(features, targets, None, features, resolve_device(network.device))
     # The layer stays unused: the features stand where its latents would.
     layer = EquilibriumLayer(1, 1)
-    network = clone(network).set_params(fine_tune=False)
-    trainer = HeadTrainer(layer, head, network._head_options(), rows, network._loss())
+    network = clone(network).set_params(fine_tune=False, dropout=0.0)
+    trainer = HeadTrainer(layer, head, network._head_options(), rows, network._loss(), generator)
     plan = schedule(len(features), epochs, network.random_state, network.learning_rate)
     for order, step_size in plan:
         for group in trainer.optimiser.param_groups:

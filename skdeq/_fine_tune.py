@@ -34,6 +34,11 @@ _PARAMETERS = """
         Whether loadings and intercept of the backbone are trained with the head, by implicit
         differentiation of the equilibrium. If not, the head sees frozen latents.
 
+    dropout : float, default=0.0
+        Share of the entries, in [0, 1), that each visit to a row in training leaves out at random:
+        the equilibrium takes them as missing. It keeps the network from learning the training
+        rows by heart; prediction sees all entries.
+
     learning_rate : float, default=0.01
         Step size of Adam for the head.
 

@@ -71,6 +71,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         "backbone": [ExpFamilyDEQ, None],
         "head_layer_sizes": ["array-like"],
         "fine_tune": ["boolean"],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "backbone_learning_rate": [Interval(Real, 0, None, closed="neither"), None],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
@@ -92,6 +93,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         *,
         head_layer_sizes: Sequence[int] = (100,),
         fine_tune: bool = True,
+        dropout: float = 0.0,
         learning_rate: float = 0.01,
         backbone_learning_rate: float | None = None,
         weight_decay: float = 1e-4,
@@ -109,6 +111,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         self.backbone = backbone
         self.head_layer_sizes = head_layer_sizes
         self.fine_tune = fine_tune
+        self.dropout = dropout
         self.learning_rate = learning_rate
         self.backbone_learning_rate = backbone_learning_rate
         self.weight_decay = weight_decay
@@ -279,9 +282,11 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         if self.early_stopping and not stream:
             train, held_out = self._split(targets, int(seeds[2]))
         rows = TrainingRows(X, targets, sample_weight, latents, device)
-        trainer = HeadTrainer(
-            self.backbone_.to_module(), head, self._head_options(), rows, self._loss()
-        )
+        # In a stream every batch leaves out others.
+        past = len(self.loss_curve_) if going_on and stream else 0
+        generator = torch.Generator().manual_seed(int(seeds[2]) + past)
+        layer = self.backbone_.to_module()
+        trainer = HeadTrainer(layer, head, self._head_options(), rows, self._loss(), generator)
         if stream:
             trainer.load_state(self._solver_state if going_on else None)
             trainer.pass_once(train)
@@ -295,9 +300,8 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
                     weight = None if sample_weight is None else sample_weight[held_out]
                     return self._metric(targets[held_out], outputs, weight)
 
-            generator = torch.Generator().manual_seed(int(seeds[2]))
             progress.store = FineTuned._store
-            converged = trainer.fit(train, generator, progress, score) or progress.stopped
+            converged = trainer.fit(train, progress, score) or progress.stopped
         self._store(trainer, going_on and stream)
         if trainer.taken_back:
             warnings.warn(
@@ -323,6 +327,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
             backbone_learning_rate = self.learning_rate / _SLOWER
         return HeadOptions(
             fine_tune=bool(self.fine_tune),
+            dropout=float(self.dropout),
             learning_rate=float(self.learning_rate),
             backbone_learning_rate=float(backbone_learning_rate),
             weight_decay=float(self.weight_decay),

@@ -75,6 +75,7 @@ class HeadOptions:
     """Options of a fit, as the estimators document them."""
 
     fine_tune: bool
+    dropout: float
     learning_rate: float
     backbone_learning_rate: float
     weight_decay: float
@@ -116,6 +117,8 @@ class HeadTrainer:
     rows : TrainingRows
     loss : callable
         ``loss(outputs, targets)`` gives the loss of each row.
+    generator : torch.Generator
+        On the CPU; draws minibatches, and the entries that are left out.
     """
 
     def __init__(
@@ -125,8 +128,9 @@ class HeadTrainer:
         options: HeadOptions,
         rows: TrainingRows,
         loss: Callable[[Tensor, Tensor], Tensor],
+        generator: torch.Generator,
     ):
-        self.options, self.rows, self.loss = options, rows, loss
+        self.options, self.rows, self.loss, self.generator = options, rows, loss, generator
         dtype = to_tensor(np.empty(0, numpy_dtype(rows.X))).dtype
         like: dict[str, Any] = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
@@ -165,15 +169,24 @@ class HeadTrainer:
         # Steps that left the domain of the family, or the finite numbers, and were taken back.
         self.taken_back = 0
 
-    def _network(self, index: Tensor) -> Tensor:
-        if self.options.fine_tune:
-            x = rows_of(self.rows.X, index, self.rows.device)
-            # Where a row has several solutions, prediction will find the one from zero.
-            start = self._latents[index] if self.layer.is_convex else None
+    def _features(self, index: Tensor, training: bool) -> Tensor:
+        fine_tune, leave_out = self.options.fine_tune, training and self.options.dropout > 0
+        if not (fine_tune or leave_out):
+            return self._latents[index]
+        x = rows_of(self.rows.X, index, self.rows.device)
+        if leave_out:
+            drawn = torch.rand(x.shape, generator=self.generator)
+            x = x.masked_fill((drawn < self.options.dropout).to(x.device), torch.nan)
+        # Where a row has several solutions, prediction will find the one from zero.
+        start = self._latents[index] if self.layer.is_convex else None
+        with torch.set_grad_enabled(fine_tune and torch.is_grad_enabled()):
             latents = self.layer(x, start)
+        if fine_tune:
             self._latents[index] = latents.detach()
-        else:
-            latents = self._latents[index]
+        return latents
+
+    def _network(self, index: Tensor, training: bool = False) -> Tensor:
+        latents = self._features(index, training)
         values = (latents - self._centre) / self._scale
         for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
             values = torch.relu(torch.addmm(bias, values, weight))
@@ -214,7 +227,7 @@ class HeadTrainer:
     def _gradient(self, index: Tensor, factor: float) -> float | None:
         """Compute loss and gradients of some rows; return the loss, None if any is no number."""
         self.optimiser.zero_grad(set_to_none=True)
-        losses = self.loss(self._network(index), self._targets[index])
+        losses = self.loss(self._network(index, training=True), self._targets[index])
         weight = self._sample_weight
         loss = losses.sum() if weight is None else losses @ weight[index]
         (loss * factor).backward()
@@ -243,7 +256,6 @@ class HeadTrainer:
     def fit(
         self,
         rows: np.ndarray,
-        generator: torch.Generator,
         progress: Progress,
         score: Callable[[], float] | None = None,
     ) -> bool:
@@ -253,8 +265,6 @@ class HeadTrainer:
         ----------
         rows : ndarray of int
             Rows to train on.
-        generator : torch.Generator
-            Draws the minibatches.
         progress : Progress
             Is told of each epoch.
         score : callable, optional
@@ -271,7 +281,7 @@ class HeadTrainer:
             progress.begin()
             order = places
             if len(places) > options.batch_size:
-                order = places[torch.randperm(len(places), generator=generator)]
+                order = places[torch.randperm(len(places), generator=self.generator)]
             loss = self._epoch(order.to(self.rows.device))
             self.loss_curve.append(loss)
             merit = -loss
@@ -303,7 +313,9 @@ class HeadTrainer:
         )
 
     def latents(self) -> np.ndarray:
-        """Return the latents (n, k) of the rows at their last visit."""
+        """Return the latents (n, k) of the rows, of all of their entries, at their last visit."""
+        if self.options.fine_tune and self.options.dropout > 0:
+            self.outputs(np.arange(len(self._latents)))
         return to_numpy(self._latents)
 
     def state(self) -> list[dict[str, np.ndarray]]:

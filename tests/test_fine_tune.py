@@ -1,6 +1,7 @@
 """DEQClassifier and DEQRegressor: what fine-tuning gains, and scikit-learn's manners."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -13,9 +14,10 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, train_test_split
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
+from skdeq.families import Binomial
 
 # Training that is cut short on purpose says so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -90,6 +92,65 @@ def test_backbone_has_a_step_size_of_its_own():
     np.testing.assert_allclose(moved[3e-3], 3e-3, rtol=1e-2)
     with pytest.raises(ValueError, match="'backbone_learning_rate' parameter"):
         classifier(backbone_learning_rate=0.0).fit(X, label)
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_dropout_leaves_entries_out_as_missing_ones(fine_tune):
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    options = {"max_iter": 1, "batch_size": 400, "learning_rate": 1e-9, "fine_tune": fine_tune}
+    losses = {}
+    for dropout in (0.0, 0.5, 1 - 1e-12):
+        fitted = classifier(dropout=dropout, **options).set_params(backbone=backbone)
+        losses[dropout] = fitted.fit(X, label).loss_curve_[0]
+        # Neither prediction nor what the backbone keeps of its rows leaves anything out.
+        probability = fitted.predict_proba(X)
+        codes = (label == fitted.classes_[1]).astype(int)
+        expected = -np.log(probability[np.arange(len(X)), codes]).mean()
+        np.testing.assert_allclose(losses[0.0], expected, rtol=1e-5)
+        if fine_tune:
+            np.testing.assert_allclose(
+                fitted.backbone_.transform(X), backbone.transform(X), atol=1e-4
+            )
+    assert abs(losses[0.5] - losses[0.0]) > 1e-3
+    # Rows of which nothing is seen have the latents zero, and the head says the same of all.
+    head = fitted._outputs(np.full((1, X.shape[1]), np.nan))
+    shares = np.array([(label == fitted.classes_[0]).mean(), (label == fitted.classes_[1]).mean()])
+    logits = np.array([0.0, head.item()]) if head.size == 1 else head.ravel()
+    expected = -shares @ (logits - np.log(np.exp(logits).sum()))
+    np.testing.assert_allclose(losses[1 - 1e-12], expected, rtol=1e-5)
+
+
+def test_dropout_helps_where_labels_are_few():
+    X, label = load_digits(return_X_y=True)
+    X = X.astype(np.float32)
+    backbone = ExpFamilyDEQ(10, family=Binomial(16), random_state=0).fit(X)
+    scores = {0.0: [], 0.25: []}
+    for seed, dropout in itertools.product(range(2), scores):
+        train, test, y_train, y_test = train_test_split(
+            X, label, train_size=600, random_state=seed, stratify=label
+        )
+        fitted = DEQClassifier(
+            backbone, dropout=dropout, max_iter=30, n_iter_no_change=30, random_state=seed
+        )
+        scores[dropout].append(fitted.fit(train, y_train).score(test, y_test))
+    assert np.mean(scores[0.25]) > np.mean(scores[0.0])
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_dropout_is_reproducible_and_streams_go_on_bit_for_bit(make):
+    X, label, number = data()
+    y = label if make is classifier else number
+    one, two = (make(dropout=0.3, max_iter=3).fit(X, y) for _ in range(2))
+    np.testing.assert_array_equal(one.coefs_[0], two.coefs_[0])
+    first = {"classes": np.unique(y)} if make is classifier else {}
+    one = make(dropout=0.3).partial_fit(X[:200], y[:200], **first)
+    two = pickle.loads(pickle.dumps(one))
+    for each in (one, two):
+        each.partial_fit(X[200:], y[200:])
+    np.testing.assert_array_equal(one.coefs_[0], two.coefs_[0])
+    with pytest.raises(ValueError, match="'dropout' parameter"):
+        make(dropout=1.0).fit(X, y)
 
 
 def test_gradient_step_lowers_the_loss_as_autograd_says():
