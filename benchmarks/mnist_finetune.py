@@ -1,11 +1,12 @@
 """What fine-tuning the equilibrium adds to a classifier: MNIST, 60,000 x 784 binary, k = 64.
 
 The same head of 100 ReLU units, trained by the same code, sits on the equilibrium trained with it,
-on the frozen equilibrium and on PCA; next to them a plain network with one hidden layer, as wide
-as makes its parameters about as many, with scikit-learn's step size and with the head's first. The
-steps of the heads and of the equilibrium become shorter from epoch to epoch. The question is
-asked twice: with all labels, and with a stratified draw of few of them. The features are fitted
-without labels on all training rows in either case; the plain network sees the labelled rows alone.
+with and without dropout, on the frozen equilibrium and on PCA; next to them a plain network with
+one hidden layer, as wide as makes its parameters about as many, with scikit-learn's step size and
+with the head's first. The steps of the heads and of the equilibrium become shorter from epoch to
+epoch. The question is asked twice: with all labels, and with a stratified draw of few of them. The
+features are fitted without labels on all training rows in either case; the plain network sees the
+labelled rows alone.
 """
 
 import sys
@@ -26,7 +27,7 @@ if not __package__:  # run as a file: this folder, and not its parent, is on the
 from benchmarks import _common as common
 from benchmarks._heads import train_head, train_network
 
-N_COMPONENTS, N_CLASSES, STEP_SIZE = 64, 10, 0.005
+N_COMPONENTS, N_CLASSES, STEP_SIZE, DROPOUT = 64, 10, 0.005, 0.5
 
 
 @dataclass
@@ -101,9 +102,12 @@ def methods(features, epochs, seed):
     """Return {label: (classifier, arrays of its features)}."""
     backbone, pca = features["equilibrium"], features["PCA"]
     tuned = DEQClassifier(backbone, learning_rate=STEP_SIZE, random_state=seed)
+    # A clone forgets that its backbone is fitted.
+    dropping = clone(tuned).set_params(dropout=DROPOUT, backbone=backbone)
     frozen = clone(tuned).set_params(fine_tune=False, backbone=backbone)
     encoder = [backbone.loadings_, backbone.intercept_]
     made = {
+        f"fine-tuned equilibrium, dropout={DROPOUT}": (Network(dropping, epochs), encoder),
         "fine-tuned equilibrium": (Network(tuned, epochs), encoder),
         "frozen equilibrium": (Network(frozen, epochs), encoder),
         "PCA": (HeadOnPCA(pca, clone(tuned), epochs), [pca.components_, pca.mean_]),

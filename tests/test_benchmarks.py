@@ -283,7 +283,7 @@ def test_fine_tuning_on_images_compares_every_method(data, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mnist_finetune", *arguments])
     study.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 6
     assert all(0 <= float(row.split("|")[4]) <= 1 for row in rows)
 
 
