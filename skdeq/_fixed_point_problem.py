@@ -22,8 +22,9 @@ class FixedPointResult:
     value : Tensor or ndarray of shape (n_rows, r)
         The solutions.
     residual : Tensor or ndarray of shape (n_rows,)
-        Scaled residual, see :meth:`FixedPointProblem.gradient`: of the returned value or, with
-        Newton's method, of the point one step before it.
+        Scaled residual, see :meth:`FixedPointProblem.gradient`: of the returned value, or a bound
+        of it that is within the tolerance, or, with Newton's method, that of the point one step
+        before.
     converged : Tensor or ndarray of shape (n_rows,)
         Whether the residual is within the tolerance.
     n_iter : Tensor or ndarray of shape (n_rows,)

@@ -22,7 +22,7 @@ _LEAST_RANK_TO_PREDICT = 4
 # Sample sizes of the average variances, which only shape steps.
 _VARIANCE_ROWS = 4096
 _VARIANCE_COLUMNS = 1024
-# Rows whose variances are formed at a time, if there are no more columns than that.
+# Rows whose variances are formed at a time, fewer where there are more columns than that.
 _VARIANCE_CHUNK = 256
 
 
@@ -153,7 +153,7 @@ def _gradient_at_zero(problem: MapProblem) -> Tensor:
         return part.bare_gradient(problem.design.new_zeros(high - low, problem.r), rows)
 
     if problem.rows_differ_in_data_alone and problem.n_rows:
-        return work(0, 1) + problem.projection[:1] - problem.projection
+        return problem.mean_at_zero() - problem.projection
     parts = map_chunks(work, problem.n_rows, problem.chunk_rows(), problem.design.device)
     return torch.cat(parts)
 

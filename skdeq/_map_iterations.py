@@ -112,8 +112,12 @@ class _Descent:
         self.result.n_iter[self._places] += self._open
 
     def finish(self) -> FixedPointResult:
-        """Write down the rest."""
-        self._write(self._open.nonzero().squeeze(1))
+        """Write down the rest, with the residuals of their very points."""
+        rest = self._open.nonzero().squeeze(1)
+        if len(rest):
+            point, rows = self._best[rest], self.rows[rest]
+            self._residual[rest] = self.problem.gradient(point, rows)[1]
+        self._write(rest)
         return self.result
 
     def _write(self, which: Tensor) -> None:

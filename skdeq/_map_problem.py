@@ -190,6 +190,20 @@ class MapProblem:
         if self.family.widths:
             self.family = self.family.smoothed(width)
 
+    def mean_at_zero(self) -> Tensor:
+        """Sum A'(o) D over the entries of a row at zero, (r,), where it is that of every row."""
+        first = self.chunk(0, 1)
+        zero = self.design.new_zeros(1, self.r)
+        _, slope, _, _ = first._accumulate(
+            zero,
+            torch.zeros(1, dtype=torch.long, device=zero.device),
+            objective=False,
+            gradient=True,
+            hessian=False,
+            curvature=False,
+        )
+        return slope[:, 0]
+
     @property
     def has_curvature(self) -> bool:
         """Whether the map of `step` is shaped by a curvature."""
@@ -291,7 +305,7 @@ class MapProblem:
         return total, slope, bend, size
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        value = total - self._linear(z, rows) + 0.5 * (z.double().square() @ self.penalty.double())
+        value = total - self._linear(z, rows) + self._ridge(z)
         return torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
 
     def _linear(self, z: Tensor, rows: Tensor) -> Tensor:
@@ -299,11 +313,14 @@ class MapProblem:
         linear = (self._of(self.projection, rows).double() * z.double()).sum(1)
         return linear + self._of(self.constant, rows)
 
+    def _ridge(self, z: Tensor) -> Tensor:
+        return 0.5 * (z.double().square() @ self.penalty.double())
+
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        """Error that rounding may have made in the objectives at ``z``."""
+        """Error that rounding is expected to make in the objectives at ``z``, at most."""
         # Of the sums that make it up, which may cancel.
-        sizes = 8 * (objective.abs() + self._linear(z, rows).abs()) + self._terms
-        return torch.finfo(z.dtype).eps * sizes
+        sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
+        return torch.finfo(z.dtype).eps * (8 * sums + self._terms)
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)

@@ -50,21 +50,30 @@ class CompressedRows:
     @cached_property
     def T(self) -> "CompressedRows":
         """The transpose, kept once made."""
-        host = self.to(torch.device("cpu"))
-        bare = self.values is None
-        values = np.ones(len(host.indices), np.int8) if bare else host.values.numpy()
-        # Scipy counts where torch sorts, in a fifth of the time and without more memory.
-        columns = sp.csr_array(
-            (values, host.indices.numpy(), host.indptr.numpy()), shape=self.shape
-        ).tocsc()
-        transpose = CompressedRows(
-            torch.from_numpy(columns.indptr),
-            torch.from_numpy(columns.indices),
-            None if bare else torch.from_numpy(columns.data),
-            (self.shape[1], self.shape[0]),
-        ).to(self.device)
+        made = (
+            self._transposed_by_scipy if self.device.type == "cpu" else self._transposed_by_torch
+        )
+        transpose = CompressedRows(*made(), (self.shape[1], self.shape[0]))
         transpose.__dict__["T"] = self
         return transpose
+
+    def _transposed_by_scipy(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        # On the host scipy counts where torch sorts: a fifth of the time and no more memory.
+        bare = self.values is None
+        values = np.ones(len(self.indices), np.int8) if bare else self.values.numpy()
+        parts = values, self.indices.numpy(), self.indptr.numpy()
+        columns = sp.csr_array(parts, shape=self.shape).tocsc()
+        places = torch.from_numpy(columns.indptr), torch.from_numpy(columns.indices)
+        return *places, None if bare else torch.from_numpy(columns.data)
+
+    def _transposed_by_torch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        n, p = self.shape
+        order = torch.argsort(self.indices, stable=True)
+        counts = torch.bincount(self.indices, minlength=p)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(self.indptr.dtype)
+        rows = torch.arange(n, dtype=self.indices.dtype, device=self.device)
+        rows = torch.repeat_interleave(rows, self.indptr.diff())[order]
+        return ends, rows, None if self.values is None else self.values[order]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CompressedRows":
         """Return the same on a device."""

@@ -30,6 +30,10 @@ _LEAST_SHARE = 0.1
 _MOST_OF_MEDIAN = 3.0
 # Rows of residuals that are formed at a time, at least: each time leaves sums as wide as the data.
 _LEAST_ROWS = 256
+# The same for each column of the sums, which are then an eighth of the data at most.
+_LEAST_ROWS_PER_SUM = 8
+# Share of the weights below which a column counts as not seen: rounding of a difference.
+_LEAST_SEEN = 1e-6
 
 
 class _Residuals(ABC):
@@ -74,6 +78,10 @@ class _Residuals(ABC):
     def _average(self) -> Tensor:
         """Weighted mean of the observed entries of each column on the scale of the link, (p,)."""
 
+    def _mean_of(self, sums: Tensor, counts: Tensor) -> Tensor:
+        # A column may be seen in rows of no weight alone.
+        return torch.where(counts > _LEAST_SEEN * self.weight.sum(), sums / counts, 0.0)
+
     @abstractmethod
     def times(self, matrix: Tensor) -> Tensor:
         """Return R M, (n, r), for a matrix M (p, r)."""
@@ -104,9 +112,10 @@ class _DenseResiduals(_Residuals):
         gaps = self.observations.missing_rows(low, high)
         return rows if gaps is None else rows.masked_fill_(gaps, 0)
 
-    def _over_rows(self, work: Callable[[int, int], Tensor]) -> list[Tensor]:
+    def _over_rows(self, work: Callable[[int, int], Tensor], sums: int = 1) -> list[Tensor]:
         n, p = self.observations.shape
-        size = max(_LEAST_ROWS, tile_entries(self.mean) // p)
+        least = max(_LEAST_ROWS, _LEAST_ROWS_PER_SUM * sums)
+        size = max(least, tile_entries(self.mean) // p)
         return map_chunks(work, n, size, self.mean.device)
 
     def _average(self) -> Tensor:
@@ -119,8 +128,7 @@ class _DenseResiduals(_Residuals):
                 [weight @ entries.masked_fill(gaps, 0), weight @ (~gaps).to(weight)]
             )
 
-        sums, counts = torch.stack(self._over_rows(work)).sum(0)
-        return sums / counts
+        return self._mean_of(*torch.stack(self._over_rows(work)).sum(0))
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return R M."""
@@ -133,7 +141,7 @@ class _DenseResiduals(_Residuals):
             rows = self._rows(low, high)
             return rows.T @ (rows @ matrix).mul_(self.weight[low:high].unsqueeze(1))
 
-        return torch.stack(self._over_rows(work)).sum(0)
+        return torch.stack(self._over_rows(work, matrix.shape[1])).sum(0)
 
 
 class _SparseResiduals(_Residuals):
@@ -154,7 +162,7 @@ class _SparseResiduals(_Residuals):
         counts = self.weight.sum().expand(len(self.mean))
         if observations.missing is not None:
             counts = counts - observations.T.missing_product(weight).squeeze(1)
-        return (self._entries.T @ weight).squeeze(1) / counts
+        return self._mean_of((self._entries.T @ weight).squeeze(1), counts)
 
     def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> CompressedRows:
         # Not in parts put together, which would be in memory twice.

@@ -928,3 +928,14 @@ def test_iris_like_user_defined_family():
     ours = ExpFamilyDEQ(2, family="gamma", **{**TIGHT, "tol": 1e-9}).fit(X)
     np.testing.assert_allclose(mine.transform(X), ours.transform(X), atol=1e-4)
     assert mine.score(X) == pytest.approx(ours.score(X), abs=1e-6)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_array])
+def test_column_seen_in_rows_without_weight_alone(form):
+    X = np.random.default_rng(0).poisson(3.0, size=(40, 6)).astype(float)
+    X[5:, 2] = np.nan
+    weight = np.ones(40)
+    weight[:5] = 0
+    fitted = ExpFamilyDEQ(2, family="poisson").fit(form(X), sample_weight=weight)
+    assert np.isfinite(fitted.components_).all()
+    assert np.isfinite(fitted.transform(form(X))).all()

@@ -7,6 +7,7 @@ import torch
 from conftest import sample
 from scipy.optimize import minimize
 
+from skdeq._latents import _gradient_at_zero
 from skdeq._map_problem import MapProblem
 from skdeq._newton import NewtonSystems
 from skdeq._observations import CompressedRows, Observations
@@ -333,6 +334,12 @@ def test_transpose_of_compressed_rows_is_scipys(places, pattern):
     np.testing.assert_array_equal(rows.T.indices, expected.indices)
     assert rows.T.shape == (15, 40)
     assert rows.T.T is rows
+    # What a card does, where there is no scipy.
+    for one, two in zip(
+        rows._transposed_by_torch(), (rows.T.indptr, rows.T.indices, rows.T.values), strict=True
+    ):
+        if two is not None:
+            np.testing.assert_array_equal(one, two)
     if pattern:
         assert rows.T.values is None
         np.testing.assert_array_equal(rows.T.places(2, 9), expected[2:9].toarray() != 0)
@@ -341,6 +348,34 @@ def test_transpose_of_compressed_rows_is_scipys(places, pattern):
         np.testing.assert_array_equal(
             rows.T.take(torch.tensor([8, 2])).to_dense(), expected[[8, 2]].toarray()
         )
+
+
+def test_start_does_not_depend_on_a_row_of_another_size():
+    X = torch.poisson(torch.full((200, 50), 3.0), generator=torch.Generator().manual_seed(0))
+    loadings = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+
+    def at_zero(X):
+        problem = MapProblem(Poisson(), loadings, Observations(X), torch.ones(3))
+        return _gradient_at_zero(problem)
+
+    small = at_zero(X)
+    torch.testing.assert_close(small, (1 - X) @ loadings, rtol=0, atol=1e-4)
+    X[0] *= 1e6
+    torch.testing.assert_close(at_zero(X)[1:], small[1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [anderson, picard])
+@pytest.mark.parametrize("family", ["bernoulli", "poisson"])
+def test_residuals_of_rows_cut_short_are_those_of_their_points(solver, family):
+    problem = make_problem(
+        family, n=50, p=60, k=6, curvature=torch.full((60,), 0.25, dtype=torch.float64)
+    )
+    for max_iter in (2, 3, 5):
+        result = solver(problem, zeros(problem), tol=1e-9, max_iter=max_iter)
+        _, residual = problem.gradient(result.value, every(problem))
+        left = ~result.converged
+        assert left.any()
+        torch.testing.assert_close(result.residual[left], residual[left])
 
 
 class CountedProblem:

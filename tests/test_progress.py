@@ -41,6 +41,7 @@ MAKE = {
     ),
     "encoder": lambda **options: ImplicitEMEncoder(16, random_state=0, max_iter=6, **options),
     "classifier": lambda **options: DEQClassifier(random_state=0, max_iter=6, **options),
+    "dropout": lambda **options: DEQClassifier(dropout=0.5, random_state=0, max_iter=6, **options),
     "regressor": lambda **options: DEQRegressor(
         random_state=0, max_iter=6, early_stopping=True, **options
     ),
@@ -142,7 +143,7 @@ def test_callbacks_see_every_iteration(name):
     tasks = [task for who, task in recorder.tasks if who == type(estimator).__name__]
     unit = "iteration" if name in ("scoring", "poisson", "shared curvature") else "epoch"
     assert tasks.count(unit) == estimator.n_iter_
-    assert ("pretrain" in tasks) == (name in ("classifier", "regressor"))
+    assert ("pretrain" in tasks) == (name in ("classifier", "dropout", "regressor"))
     assert recorder.seen[0] is X and recorder.seen[1] is y
     assert recorder.seen[2]["sample_weight"] is weight
     # scikit-learn's books are closed.
@@ -176,7 +177,7 @@ def test_fitted_estimator_of_a_callback_is_a_fit_that_ends_there(name):
 def test_callback_may_stop_a_fit(name):
     pytest.importorskip("sklearn.callback")
     X, y = data(name)
-    stop = 3 if name in ("classifier", "regressor") else 2
+    stop = 3 if name in ("classifier", "dropout", "regressor") else 2
     with warnings.catch_warnings():
         # What was stopped on purpose has not failed to converge.
         warnings.simplefilter("error", ConvergenceWarning)
@@ -351,7 +352,7 @@ def test_partial_fit_is_one_task(name):
     pytest.importorskip("sklearn.callback")
     X, y = data(name)
     estimator = MAKE[name]()
-    stream = {"classes": [0, 1]} if name == "classifier" else {}
+    stream = {"classes": [0, 1]} if name in ("classifier", "dropout") else {}
     estimator.partial_fit(X, y, **stream)
     recorder = Recorder()
     estimator.set_callbacks(recorder).partial_fit(X, y)
