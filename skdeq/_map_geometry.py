@@ -30,6 +30,13 @@ class OuterProducts:
         self._weighted, self._plain, self._most = weighted, plain, most
         r, self._q = plain.shape
         self._r, self.pairs = r, r * (r + 1) // 2
+        first, second = torch.triu_indices(r, r, device=plain.device)
+        places = torch.empty(r, r, dtype=torch.long, device=plain.device)
+        places[first, second] = places[second, first] = torch.arange(
+            self.pairs, device=plain.device
+        )
+        # Of each entry of a matrix among the pairs.
+        self._places = places.flatten()
         # Made when the first thread asks for it.
         self._all: Tensor | None = None
         self._lock = threading.Lock()
@@ -64,13 +71,8 @@ class OuterProducts:
 
     def symmetric(self, bend: Tensor) -> Tensor:
         """Matrices (m, r, r) from their upper triangles (r (r + 1) / 2, m)."""
-        first, second = torch.triu_indices(self._r, self._r, device=bend.device)
-        places = torch.empty(self._r, self._r, dtype=torch.long, device=bend.device)
-        places[first, second] = places[second, first] = torch.arange(
-            len(first), device=bend.device
-        )
         # Whole rows are fetched, and the matrices are a view across them.
-        return bend.index_select(0, places.flatten()).T.unflatten(1, (self._r, self._r))
+        return bend.index_select(0, self._places).T.unflatten(1, (self._r, self._r))
 
 
 class CurvatureMap:

@@ -172,7 +172,7 @@ class _SparseResiduals(_Residuals):
             bounds = places.indptr[low : high + 1]
             where = slice(*bounds[[0, -1]].tolist())
             expected = torch.repeat_interleave(by_row[low:high], bounds.diff())
-            expected *= by_column[places.indices[where]]
+            expected *= by_column.index_select(0, places.indices[where])
             result[where] = _change_of_link(places.values[where], expected, self.family)
 
         n = places.shape[0]

@@ -294,7 +294,10 @@ def test_classifier_trains_all_layers():
     moved = classifier.backbone_.hidden_loadings_[0] - backbone.hidden_loadings_[0]
     assert np.abs(moved).max() > 1e-3
     assert classifier.loss_curve_[-1] < classifier.loss_curve_[0]
-    frozen = DEQClassifier(backbone, fine_tune=False, head_layer_sizes=(), max_iter=15, tol=0)
+    # From the same first weights: other draws of them end now and then below.
+    frozen = DEQClassifier(
+        backbone, fine_tune=False, head_layer_sizes=(), max_iter=15, tol=0, random_state=0
+    )
     with pytest.warns(UserWarning, match="did not converge"):
         frozen.fit(X, y)
     assert classifier.loss_curve_[-1] < frozen.loss_curve_[-1]
