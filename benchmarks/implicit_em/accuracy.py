@@ -22,6 +22,7 @@ from benchmarks.implicit_em.measures import (
     in_double,
     judge,
     mean_and_sd,
+    rows_as_they_come,
     section,
     seeds_of,
 )
@@ -78,6 +79,12 @@ def fit_published(X, seed, epochs):
     ).fit(X)
 
 
+def fit_raw(X, seed, epochs):
+    """Fit ours in the published setting to rows as they come, as the published code does."""
+    with rows_as_they_come():
+        return fit_published(X, seed, epochs)
+
+
 def n_parameters(model):
     """Count the numbers that were trained."""
     if isinstance(model, ImplicitEMEncoder):
@@ -90,6 +97,10 @@ def benchmark(mnist, options):
     methods = {
         f"ImplicitEMEncoder as published (Adam, {options.epochs} epochs)": (
             lambda X, seed: fit_published(X, seed, options.epochs),
+            ("93.43 +- 0.38", "0.268", "50,240"),
+        ),
+        f"the same on rows as they come (Adam, {options.epochs} epochs)": (
+            lambda X, seed: fit_raw(X, seed, options.epochs),
             ("93.43 +- 0.38", "0.268", "50,240"),
         ),
         f"ImplicitEMEncoder, defaults (SGD, {DEFAULT_EPOCHS} epochs)": (

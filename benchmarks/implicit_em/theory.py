@@ -1,15 +1,21 @@
 """What the objective does: its gradient, and what each of its terms is for."""
 
-from unittest import mock
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from scipy.special import entr
 
 from benchmarks import _common as common
-from benchmarks.implicit_em.measures import encoder, mean_and_sd, redundancy, section, seeds_of
+from benchmarks.implicit_em.measures import (
+    encoder,
+    mean_and_sd,
+    redundancy,
+    rows_as_they_come,
+    section,
+    seeds_of,
+)
 from skdeq._encoder_fit import DEAD_VARIANCE
-from skdeq._precondition import Preconditioner, fit_preconditioner
 from skdeq.objectives import (
     VARIANCE_FLOOR,
     BatchObjective,
@@ -116,20 +122,15 @@ def collapse(model, X):
     )
 
 
-def without_preconditioning(rows, sample_weight):
-    """Take rows as they come, with a bias as of torch.nn.Linear."""
-    return Preconditioner(torch.zeros(rows.shape[1], dtype=torch.float64), 1.0, 1.0)
-
-
 def ablation(mnist, options):
     """Leave out terms of the objective."""
     seeds, rows = seeds_of(options, 3), []
     for label, (terms, paper) in ABLATION.items():
         for how, prepare in (
-            ("preconditioned", fit_preconditioner),
-            ("as they come", without_preconditioning),
+            ("preconditioned", nullcontext),
+            ("as they come", rows_as_they_come),
         ):
-            with mock.patch("skdeq._implicit_em.fit_preconditioner", prepare):
+            with prepare():
                 models = [fit_ablated(terms, seed, mnist, options) for seed in seeds]
             measures = zip(*(collapse(model, mnist.X_test) for model in models), strict=True)
             row = [label, how]
