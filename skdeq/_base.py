@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skdeq._chunks import free_memory, map_chunks
 from skdeq._family import Family
+from skdeq._host_data import HostObservations
 from skdeq._model import LEAST_EXPOSURE
 from skdeq._observations import CompressedRows, Observations
 from skdeq._version import __version__
@@ -227,17 +228,41 @@ def _compressed(indptr, indices, data, shape, device: torch.device) -> Compresse
     )
 
 
+def _home(size: int, at: torch.device, device: torch.device) -> torch.device:
+    """Where data of so many bytes go: to the device, unless they would fill half of it."""
+    stay = at.type == "cpu" and device.type == "cuda" and size > free_memory(device) / 2
+    return at if stay else device
+
+
 def to_observations(X, family: Family, device: torch.device) -> Observations:
-    """Sufficient statistics of validated data on a device; dense floats are shared, not copied."""
-    if not sp.issparse(X):
-        values = X.to(device)
-        gaps = None
-        if missing_per_column(values).any():
-            gaps = torch.isnan(values)
-            values = torch.where(gaps, 0.0, family.sufficient(values))
+    """Sufficient statistics of validated data for a device; dense floats are shared, not copied.
+
+    They go to the device, or stay where they are if they would fill half of what it has free.
+    """
+    values: Tensor | CompressedRows
+    missing: Tensor | CompressedRows | None
+    if sp.issparse(X):
+        # The transpose is wanted as well.
+        size = 2 * (X.data.nbytes + X.indices.nbytes)
+        home = _home(size, torch.device("cpu"), device)
+        values, missing = _sparse_observations(X, family, home)
+    else:
+        home = _home(X.nbytes, X.device, device)
+        rows, missing = X.to(home), None
+        if missing_per_column(rows).any():
+            missing = torch.isnan(rows)
+            values = torch.where(missing, 0.0, family.sufficient(rows))
         else:
-            values = family.sufficient(values)
-        return Observations(values, missing=gaps)
+            values = family.sufficient(rows)
+    if home.type == device.type:
+        return Observations(values, missing)
+    return HostObservations(values, missing, worked_on=device)
+
+
+def _sparse_observations(
+    X, family: Family, device: torch.device
+) -> tuple[CompressedRows, CompressedRows | None]:
+    """Return T(x) of the stored entries and the places of those that are missing."""
     gaps = np.isnan(X.data)
     missing = None
     data = family.sufficient(to_tensor(X.data, torch.device("cpu"))).numpy()
@@ -247,7 +272,7 @@ def to_observations(X, family: Family, device: torch.device) -> Observations:
         counts = np.bincount(rows, minlength=X.shape[0])
         indptr = np.concatenate([[0], np.cumsum(counts)])
         missing = _compressed(indptr, X.indices[gaps], None, X.shape, device)
-    return Observations(_compressed(X.indptr, X.indices, data, X.shape, device), missing)
+    return _compressed(X.indptr, X.indices, data, X.shape, device), missing
 
 
 def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
@@ -264,9 +289,7 @@ def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
     else:
         rows = X.view(torch.uint8) if X.dtype == torch.bool else X
         size = rows.nbytes
-    if rows.device.type == "cpu" and device.type == "cuda" and size > free_memory(device) / 2:
-        return rows
-    return rows.to(device)
+    return rows.to(_home(size, rows.device, device))
 
 
 def seeded_generator(random_state) -> torch.Generator:

@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "chunk_bounds",
+    "chunks_in_turn",
     "free_memory",
     "map_chunks",
     "one_ahead",
@@ -138,14 +139,17 @@ def map_chunks(
     """
     pool = getattr(_local, "pool", None)
     if pool is None or device.type != "cpu" or n_rows <= size:
-        return list(_halving_chunks(function, n_rows, size, device))
+        return list(chunks_in_turn(function, n_rows, size, device))
     return list(pool.map(lambda bound: function(*bound), chunk_bounds(n_rows, size)))
 
 
-def _halving_chunks(
+def chunks_in_turn(
     function: Callable[[int, int], Result], n_rows: int, size: int, device: torch.device
 ) -> Iterator[Result]:
-    """Apply ``function`` to one chunk after the other, in halves once memory runs out."""
+    """Yield ``function(start, stop)`` of one chunk after the other.
+
+    As :func:`map_chunks`, halving included, but a result can be let go before the next is made.
+    """
     start, halvings = 0, getattr(_local, "halvings", 0)
     while start < n_rows:
         rows = min(max(1, size >> halvings), n_rows - start)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks, one_ahead, parallel_chunks
+from skdeq._host_data import fetched, is_away
 from skdeq._observations import CompressedRows
-from skdeq._precondition import SQUARED_NORM, RowBatches, fetched, is_away
+from skdeq._precondition import SQUARED_NORM, RowBatches
 from skdeq._progress import Progress
 from skdeq._replay import Capture, StepRunner, capture_graph
 from skdeq.objectives import (

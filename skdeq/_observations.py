@@ -75,6 +75,10 @@ class CompressedRows:
         rows = torch.repeat_interleave(rows, self.indptr.diff())[order]
         return ends, rows, None if self.values is None else self.values[order]
 
+    def double(self) -> "CompressedRows":
+        """Return the same in float64."""
+        return replace(self, values=self.values.double())
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "CompressedRows":
         """Return the same on a device."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
@@ -162,14 +166,12 @@ class Observations:
     @property
     def T(self) -> "Observations":
         """The same entries with features as rows."""
-        return Observations(self.values.T, None if self.missing is None else self.missing.T)
+        missing = None if self.missing is None else self.missing.T
+        return replace(self, values=self.values.T, missing=missing)
 
     def double(self) -> "Observations":
         """Return the same in float64."""
-        values = self.values
-        if isinstance(values, CompressedRows):
-            return replace(self, values=replace(values, values=values.values.double()))
-        return replace(self, values=values.double())
+        return replace(self, values=self.values.double())
 
     def take(self, index: Tensor) -> "Observations":
         """Return some rows, in the order given."""

@@ -7,21 +7,20 @@ weights and bias for ``x`` itself.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._host_data import fetched, is_away
 from skdeq._observations import CompressedRows, Observations
 
 __all__ = [
     "SQUARED_NORM",
     "Preconditioner",
     "RowBatches",
-    "fetched",
     "fit_preconditioner",
-    "is_away",
 ]
 
 # Mean squared norm of the centred rows. The published learning rates are those of MNIST with
@@ -119,21 +118,6 @@ def fit_preconditioner(
             "mean, too far from one to compute with; rescale X."
         )
     return Preconditioner(location, scale)
-
-
-Part = TypeVar("Part", Tensor, CompressedRows)
-
-
-def is_away(values: Tensor | CompressedRows, device: torch.device) -> bool:
-    """Whether data lie on the host and are worked on elsewhere."""
-    return values.device.type != device.type
-
-
-def fetched(part: Part, device: torch.device) -> Part:
-    """Bring something from the host to a device, without waiting until it is there."""
-    # Torch gives pinned memory out again only when the copy from it is done.
-    pinned = part.pin_memory() if device.type == "cuda" else part
-    return pinned.to(device, non_blocking=True)
 
 
 class RowBatches:

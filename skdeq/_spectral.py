@@ -167,6 +167,8 @@ class _SparseResiduals(_Residuals):
     def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> CompressedRows:
         # Not in parts put together, which would be in memory twice.
         result = torch.empty_like(places.values)
+        # Where the places are, which may be the host.
+        by_row, by_column = by_row.to(result.device), by_column.to(result.device)
 
         def work(low: int, high: int) -> None:
             bounds = places.indptr[low : high + 1]
