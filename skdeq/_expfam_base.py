@@ -10,19 +10,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
-    exposure_offset,
-    log_base_rows,
     numpy_dtype,
     resolve_device,
     returned,
-    rows_of,
     seeded_generator,
-    take_rows,
     to_numpy,
-    to_observations,
     to_tensor,
 )
+from skdeq._data import log_base_rows, rows_of, take_rows, to_observations
 from skdeq._expfam_layout import LatentLayout
+from skdeq._exposure import exposure_offset
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import (

@@ -15,15 +15,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
 
 from skdeq._architecture import Architecture, describe
-from skdeq._base import (
-    SkdeqManners,
-    host_array,
-    log_base_rows,
-    returned,
-    stream_batch,
-    to_tensor,
-)
+from skdeq._base import SkdeqManners, host_array, returned, stream_batch, to_tensor
 from skdeq._chunks import parallel_chunks
+from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._latents import laplace_log_likelihood
 from skdeq._progress import CallbackSupportMixin, Progress, training

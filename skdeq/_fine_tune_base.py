@@ -17,8 +17,9 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import SkdeqManners, host_array, resolve_device, take_rows
+from skdeq._base import SkdeqManners, host_array, resolve_device
 from skdeq._chunks import parallel_chunks
+from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._base import numpy_dtype, rows_of, to_numpy, to_tensor
+from skdeq._base import numpy_dtype, to_numpy, to_tensor
+from skdeq._data import rows_of
 from skdeq._progress import Progress
 
 if TYPE_CHECKING:

@@ -25,11 +25,10 @@ from skdeq._base import (
     returned,
     seeded_generator,
     stream_batch,
-    take_rows,
     to_numpy,
-    to_rows,
     to_tensor,
 )
+from skdeq._data import take_rows, to_rows
 from skdeq._encoder_fit import (
     DEAD_VARIANCE,
     OPTIMISERS,

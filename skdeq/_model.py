@@ -16,7 +16,6 @@ from skdeq._observations import Observations
 from skdeq.fixed_point import newton
 
 __all__ = [
-    "LEAST_EXPOSURE",
     "LatentModel",
     "Setting",
     "column_problem",
@@ -26,10 +25,6 @@ __all__ = [
     "null_model",
     "row_problem",
 ]
-
-# A row without any count says nothing of its size. This share of the mean exposure keeps its
-# logarithm finite and its expected counts negligible.
-LEAST_EXPOSURE = 1e-6
 
 
 @dataclass

@@ -10,17 +10,9 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
-from skdeq._base import (
-    CHUNK_ENTRIES,
-    chunk_rows,
-    detached,
-    host_array,
-    missing_per_column,
-    numpy_dtype,
-    resolve_device,
-    to_tensor,
-)
+from skdeq._base import detached, host_array, numpy_dtype, resolve_device, to_tensor
 from skdeq._chunks import map_chunks
+from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 from skdeq._family import Family
 
 __all__ = ["check_codes", "check_observations", "check_rows", "check_stream_type", "check_weights"]

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
+from skdeq._exposure import LEAST_EXPOSURE
 from skdeq._hierarchy import (
     HiddenLayer,
     hidden_energies,
@@ -20,7 +21,7 @@ from skdeq._hierarchy import (
     split_layers,
 )
 from skdeq._latents import solve_latents, typical_variance
-from skdeq._model import LEAST_EXPOSURE, LatentModel, Setting, latent_problem
+from skdeq._model import LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult

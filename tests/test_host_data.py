@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 import skdeq._expfam_base as expfam_base
 import skdeq._host_data as host_data
 from skdeq import ExpFamilyDEQ
-from skdeq._base import to_observations
+from skdeq._data import to_observations
 from skdeq._host_data import HostObservations
 from skdeq._observations import CompressedRows, Observations
 from skdeq.families import Poisson
@@ -184,7 +184,7 @@ def test_only_data_that_fill_half_of_the_card_stay(layout, monkeypatch):
     X = layout(sample("poisson", n=N, p=P).astype(np.float32))
     rows = X if sp.issparse(X) else torch.from_numpy(X)
     # Nothing moves to this card, which is not there.
-    monkeypatch.setattr("skdeq._base.free_memory", lambda device: 100)
+    monkeypatch.setattr("skdeq._data.free_memory", lambda device: 100)
     stayed = to_observations(rows, Poisson(), torch.device("cuda"))
     assert isinstance(stayed, HostObservations)
     assert stayed.device.type == "cuda"
@@ -200,7 +200,7 @@ def test_data_larger_than_the_card(device, name, monkeypatch):
     X = prepare(sample(options.get("family", "gaussian"), n=N, p=P).astype(np.float64))
     options = {"n_components": 2, "max_iter": 6, "tol": 1.0, "random_state": 0, **options}
     expected = ExpFamilyDEQ(device=device, **options).fit(X)
-    monkeypatch.setattr("skdeq._base.free_memory", lambda device: 0)
+    monkeypatch.setattr("skdeq._data.free_memory", lambda device: 0)
     actual = ExpFamilyDEQ(device=device, **options).fit(X)
     scale = np.max(np.abs(expected.components_))
     rtol = 1e-6 if X.dtype == np.float64 else 1e-3

@@ -182,5 +182,5 @@ def test_captured_steps_are_the_steps(device, name, weighted, monkeypatch):
 def test_rows_larger_than_the_card(device, layout, monkeypatch):
     X = layout(sample("poisson", n=333, p=12).astype(np.uint8))
     expected = fitted(X, device=device)
-    monkeypatch.setattr("skdeq._base.free_memory", lambda device: 0)
+    monkeypatch.setattr("skdeq._data.free_memory", lambda device: 0)
     assert_same(fitted(X, device=device), expected, 1e-4)

@@ -17,7 +17,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import check_array_api_input
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
-from skdeq._base import to_observations, to_rows
+from skdeq._data import to_observations, to_rows
 from skdeq._validation import check_codes, check_observations, check_rows, check_weights
 from skdeq.families import get_family
 
