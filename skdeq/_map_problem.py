@@ -353,7 +353,11 @@ class MapProblem:
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient and scaled residual of each row."""
         gradient, size = self.gradient_and_size(z, rows, fresh)
-        return gradient, self._residual(gradient, z, size)
+        residual = self._residual(gradient, z, size)
+        if self._map is not None:
+            decrement = -(gradient * self._map.step(gradient, rows)).sum(1)
+            residual = torch.maximum(residual, decrement)
+        return gradient, residual
 
     def gradient_and_size(
         self, z: Tensor, rows: Tensor, fresh: bool = True

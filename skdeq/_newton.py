@@ -22,6 +22,8 @@ _MAX_CUTS = 40
 # for: as long as each multiplies the Newton decrement by this at most.
 _LEAST_RANK_TO_REPEAT = 40
 _SHRINKAGE = 0.1
+# Relative rounding error of a term of the gradient, in units of eps, at most.
+_GRADIENT_ERROR = 8.0
 
 
 class NewtonSystems:
@@ -105,26 +107,66 @@ def newton_step(
         return z, objective, residual
     if len(index) < len(z):
         gradient, hessian = gradient[index], hessian[index]
-    result = z.clone()
-    result[index], *_ = _safeguarded_step(
-        problem, NewtonSystems(hessian), z[index], rows[index], objective[index], gradient
+    result, step = z.clone(), NewtonSystems(hessian).solve(gradient)
+    result[index], _ = _safeguarded(
+        problem, z[index], step, gradient, objective[index], rows[index]
     )
     return result, objective, residual
 
 
-def _safeguarded_step(
+def _safeguarded(
     problem: FixedPointProblem,
-    systems: NewtonSystems,
     z: Tensor,
-    rows: Tensor,
-    objective: Tensor,
+    step: Tensor,
     gradient: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton step in every row, checked where not known to be safe; (point, step, length)."""
-    step = systems.solve(gradient)
+    objective: Tensor,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Take Newton steps, checked where they are not known to be safe; (point, length)."""
     pending = ~problem.is_safe(step, rows)
-    point, length = backtrack(problem, z, step, gradient, objective, rows, pending)
-    return point, step, length
+    return backtrack(problem, z, step, gradient, objective, rows, pending)
+
+
+class _Look:
+    """What Newton's method knows of some rows at a point.
+
+    Attributes
+    ----------
+    objective, gradient : Tensor of shape (m,), (m, r)
+    systems : NewtonSystems
+    step : Tensor of shape (m, r)
+        What to subtract from the point.
+    decrement : Tensor of shape (m,)
+        Squared Newton decrement: twice what the step is expected to gain.
+    residual : Tensor of shape (m,)
+        Scaled residual, or the squared decrement where that is larger.
+    """
+
+    def __init__(self, problem: FixedPointProblem, z: Tensor, rows: Tensor):
+        self.objective, self.gradient, hessian, residual = problem.derivatives(z, rows)
+        self.systems = NewtonSystems(hessian)
+        self.step = self.systems.solve(self.gradient)
+        self.decrement = (self.gradient * self.step).sum(1)
+        # The terms of a gradient are as inexact as those of the objective; a term of size t, whose
+        # variance is of that size as well, with an error of c eps t adds (c eps)^2 t.
+        rounding = problem.rounding(self.objective, z, rows)
+        self._noise = _GRADIENT_ERROR**2 * torch.finfo(z.dtype).eps * rounding
+        self.residual = self.certified(residual, self.decrement)
+
+    def certified(self, residual: Tensor, decrement: Tensor) -> Tensor:
+        """Return the larger of residual and squared decrement; 0 where rounding explains it.
+
+        In units of a diagonal step an error along a direction that the data say little of is too
+        small to be seen, and so is any error of latents that are all far below one.
+        """
+        return torch.where(decrement > self._noise, torch.maximum(residual, decrement), 0.0)
+
+    def __getitem__(self, index: Tensor) -> "_Look":
+        part = copy.copy(self)
+        part.systems = self.systems[index]
+        for name in ("objective", "gradient", "step", "decrement", "_noise", "residual"):
+            setattr(part, name, getattr(self, name)[index])
+        return part
 
 
 def backtrack(
@@ -208,33 +250,30 @@ def newton(
     again = start.shape[1] > _LEAST_RANK_TO_REPEAT
     while len(rows) and max_iter:
         z = value[rows]
-        objective, gradient, hessian, found = problem.derivatives(z, rows)
-        systems = NewtonSystems(hessian)
+        look = _Look(problem, z, rows)
         # Rows found solved here take the step they have paid for: it squares what error is left.
-        z, step, length = _safeguarded_step(problem, systems, z, rows, objective, gradient)
-        value[rows], residual[rows] = z, found
-        unsolved = found > tol
+        z, length = _safeguarded(problem, z, look.step, look.gradient, look.objective, rows)
+        value[rows], residual[rows] = z, look.residual
+        unsolved = look.residual > tol
         n_iter[rows] += unsolved
         if again:
             whole = (unsolved & (length == 1)).nonzero().squeeze(1)
-            decrement = (gradient[whole] * step[whole]).sum(1)
             at = rows[whole]
             spare = max_iter - n_iter[at]
             value[at], residual[at], taken = _repeat(
-                problem, systems[whole], decrement, z[whole], at, tol, spare
+                problem, look[whole], z[whole], at, tol, spare
             )
             n_iter[at] += taken
         rows = rows[(residual[rows] > tol) & (n_iter[rows] < max_iter)]
     rows = (residual > tol).nonzero().squeeze(1)
     if len(rows):
-        residual[rows] = problem.gradient(value[rows], rows)[1]
+        residual[rows] = _Look(problem, value[rows], rows).residual
     return FixedPointResult(value, residual, residual <= tol, n_iter)
 
 
 def _repeat(
     problem: FixedPointProblem,
-    systems: NewtonSystems,
-    decrement: Tensor,
+    look: _Look,
     z: Tensor,
     rows: Tensor,
     tol: float,
@@ -247,7 +286,7 @@ def _repeat(
     condition of the Hessian: so a row has to do better than the tolerance by a digit.
     """
     tol = effective_tolerance(0.1 * tol, z.dtype)
-    z, decrement = z.clone(), decrement.clone()
+    z, decrement = z.clone(), look.decrement.clone()
     residual = torch.full_like(decrement, torch.inf)
     taken = torch.zeros_like(spare)
     before = z.clone()
@@ -257,10 +296,11 @@ def _repeat(
     while left:
         if left <= CROWDED * len(at):
             stay = going.nonzero().squeeze(1)
-            at, systems, going = at[stay], systems[stay], going[stay]
+            at, look, going = at[stay], look[stay], going[stay]
         gradient, found = problem.gradient(z[at], rows[at])
-        step = systems.solve(gradient)
+        step = look.systems.solve(gradient)
         size = (gradient * step).sum(1)
+        found = look.certified(found, size)
         shrunk = going & (size <= _SHRINKAGE * decrement[at])
         worse = ~(size <= decrement[at])
         # Where an overshoot has made the curvature enormous the scaled residual proves nothing.
