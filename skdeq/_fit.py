@@ -35,6 +35,8 @@ _GREEDY = 20
 _LOOSE = 1e-3
 # Loss of an epoch, as a share of what the best one has gained, that sends the fit back to it.
 _ASTRAY = 0.1
+# Share of the first learning rate down to which an epoch without a change tells of convergence.
+_TELLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,12 @@ def _start(
     trace = Trace(intercept, objective)
     if previous is not None:
         solved = solve_latents(setting, *previous, **options.latent_solver())
-        loadings, intercept, upper = previous
-        return LatentModel(loadings, intercept, solved.value, upper), trace
+        loadings, start, upper = previous
+        model = LatentModel(loadings, start, solved.value, upper)
+        parameters = free_parameters(setting, model)
+        # What was fitted to other data, or under another law, may be worse than nothing.
+        if envelope_gradient(setting, parameters, solved.value)[1] < objective:
+            return model, trace
     convolution = setting.convolution
     if convolution is not None:
         kernels = convolution.start(
@@ -231,7 +237,10 @@ def fit_minibatches(
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
         gained = max(trace.null_objective - objective, 0.0)
-        quiet = quiet + 1 if abs(last - objective) <= options.tol * gained else 0
+        # At the end of the schedule steps are so short that nothing changes wherever they are.
+        telling = schedule.get_last_lr()[0] >= _TELLING * schedule.base_lrs[0]
+        still = abs(last - objective) <= options.tol * gained
+        quiet = quiet + 1 if telling and still else 0
         trace.converged = quiet >= 2
         last = objective
         if objective < best[0]:
@@ -244,7 +253,8 @@ def fit_minibatches(
             schedule.base_lrs = [0.1 * rate for rate in schedule.base_lrs]
             for group in optimiser.param_groups:
                 group["lr"] *= 0.1
-            last = best[0]
+            # The latents that went with the others may be outside the domain of the family.
+            last, latents = best[0], best[1].latents.clone()
         stop = progress.end(objective, finish, residual=solved.residual)
         if trace.converged or stop:
             break

@@ -42,6 +42,11 @@ class Interval:
                 f"An interval needs low < high; got low={self.low} and high={self.high}."
             )
 
+    @property
+    def is_real_line(self) -> bool:
+        """Whether every real number lies in the interval."""
+        return self.low == -math.inf and self.high == math.inf
+
     def contains(self, x: Tensor) -> Tensor:
         """Say elementwise whether `x` lies in the interval; NaN does not."""
         above = x >= self.low if self.low_inclusive else x > self.low

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._hierarchy import HiddenLayer
+from skdeq._hierarchy import HiddenLayer, HierarchyProblem
 from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, latent_problem, row_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
@@ -59,7 +59,7 @@ def solve_latents(
         Average variance of each feature, which preconditions Anderson acceleration and is not
         asked for otherwise; by default its bound, where there is one.
     start : Tensor of shape (n, k), optional
-        Where to start.
+        Where to start; a row that would be outside the domain of the family starts from zero.
     start_map : Tensor of shape (k + 1, k), optional
         From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
         ``start``, with four components or more in one layer of a canonical family. All else
@@ -101,7 +101,7 @@ def solve_latents(
     problem = latent_problem(setting, loadings, intercept, upper, curvature, shared_map=bounded)
     n = problem.n_rows
     if start is not None:
-        begin = start
+        begin = start if setting.family.domain.is_real_line else _inside(problem, start)
     elif (
         start_map is not None
         and isinstance(problem, MapProblem)
@@ -144,6 +144,17 @@ def solve_latents(
     return FixedPointResult(
         *[torch.cat([getattr(part, field) for part in parts]) for field in fields]  # type: ignore
     )
+
+
+def _inside(problem: MapProblem | HierarchyProblem, start: Tensor) -> Tensor:
+    """Take rows that start outside the domain, such as after a step of the loadings, to zero."""
+
+    def work(low: int, high: int) -> Tensor:
+        rows = torch.arange(high - low, device=start.device)
+        return torch.isfinite(problem.chunk(low, high).objective(start[low:high], rows))
+
+    parts = map_chunks(work, len(start), problem.hessian_rows(), start.device)
+    return torch.where(torch.cat(parts).unsqueeze(1), start, 0.0)
 
 
 def _gradient_at_zero(problem: MapProblem) -> Tensor:

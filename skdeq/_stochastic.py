@@ -112,7 +112,8 @@ def solve_and_step(
 ) -> tuple[FixedPointResult, float]:
     """Solve the latents of a batch and move ``parameters`` by one step.
 
-    A step that takes the batch out of the domain of the family is halved until it does not.
+    A step that takes the batch, or rows at zero, out of the domain of the family is halved until
+    it does not.
 
     Parameters
     ----------
@@ -130,9 +131,9 @@ def solve_and_step(
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
-    if setting.family.domain.low > -torch.inf or setting.family.domain.high < torch.inf:
+    if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
-            if np.isfinite(envelope_gradient(setting, parameters, solution.value)[1]):
+            if _is_inside(setting, parameters, solution.value):
                 break
             for one, old in zip(parameters, before, strict=True):
                 one.copy_(torch.lerp(old, one, 0.5))
@@ -140,6 +141,14 @@ def solve_and_step(
             for one, old in zip(parameters, before, strict=True):
                 one.copy_(old)
     return solution, objective
+
+
+def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> bool:
+    """Whether rows with these latents are in the domain, and rows that start from zero."""
+    at_zero = setting.family.log_partition(model_of(setting, parameters).intercept)
+    if not bool(torch.isfinite(at_zero).all()):
+        return False
+    return bool(np.isfinite(envelope_gradient(setting, parameters, latents)[1]))
 
 
 def make_adam(
