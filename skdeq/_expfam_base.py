@@ -32,6 +32,7 @@ from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
 from skdeq._progress import Progress
 from skdeq._rotation import (
+    NEXT_TO_NOTHING,
     explained_deviance,
     latent_covariance,
     orthonormal_scores,
@@ -45,7 +46,13 @@ from skdeq._stochastic import (
     model_of,
     solve_and_step,
 )
-from skdeq._validation import check_observations, check_stream_type, check_weights
+from skdeq._validation import (
+    check_columns,
+    check_observations,
+    check_stream_type,
+    check_weights,
+    warn_of_ends,
+)
 from skdeq.families import Family
 from skdeq.fixed_point import FixedPointResult
 
@@ -53,9 +60,6 @@ if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
 
 __all__ = ["LatentVariableEstimator"]
-
-# Share of the deviance that is next to nothing, rounding apart.
-_NOTHING = 1e-6
 
 
 class LatentVariableEstimator(LatentLayout):
@@ -97,6 +101,9 @@ class LatentVariableEstimator(LatentLayout):
                 # Rows without weight take no part in the fit, not even by leaving the domain.
                 kept = np.flatnonzero(sample_weight)
                 X, sample_weight = take_rows(X, kept), sample_weight[kept]
+                check_columns(self, X)
+        if reset:
+            warn_of_ends(X, family)
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = log_base_rows(X, family).to(setting.observations.device)
@@ -161,15 +168,28 @@ class LatentVariableEstimator(LatentLayout):
                 stacklevel=4,
             )
         store(self, (model, trace))
-        if self.explained_deviance_ratio_.sum() < _NOTHING:
-            warnings.warn(
-                f"All {k} components of {type(self).__name__} are zero: the penalties "
-                f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g} outweigh all that "
-                "the rows tell. Lower weight_decay, or check that the rows differ.",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
+        self._warn_if_useless()
         return setting, model
+
+    def _warn_if_useless(self) -> None:
+        """Warn if the components are zero, or worse than nothing."""
+        if self.explained_deviance_ratio_.sum() >= NEXT_TO_NOTHING:
+            return
+        penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
+        name = type(self).__name__
+        if not self._to_scores.any():
+            what = (
+                f"All {self.n_components} components of {name} are zero: the penalties "
+                f"{penalties} outweigh all that the rows tell. Lower weight_decay, or check that "
+                "the rows differ."
+            )
+        else:
+            what = (
+                f"The components of {name} explain less than none: the deviance is larger than "
+                f"that of the intercept alone. With {penalties} the fit has gone too far out; "
+                "raise them."
+            )
+        warnings.warn(what, ConvergenceWarning, stacklevel=5)
 
     def _options(self) -> FitOptions:
         return FitOptions(
@@ -184,13 +204,13 @@ class LatentVariableEstimator(LatentLayout):
             hidden_layer_sizes=self._sizes()[:-1],
         )
 
-    def _store(self, X, setting, model, trace, moments) -> None:
+    def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Rotate to principal scores and keep everything as numpy."""
         latents = _top(model.latents, model.upper)
         weight = setting.sample_weight
         components, to_scores = self._principal(model, latents, moments[1], weight)
         from_scores = torch.linalg.pinv(to_scores)
-        explained = explained_deviance(
+        explained, removed = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
             lambda scores: _predictor(
@@ -203,6 +223,9 @@ class LatentVariableEstimator(LatentLayout):
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
         )
+        if not of_stream and abs(removed) < NEXT_TO_NOTHING:
+            # Dust, which a StandardScaler would blow up. Of one batch it says nothing.
+            to_scores = torch.zeros_like(to_scores)
         dtype = numpy_dtype(X)
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
@@ -287,6 +310,13 @@ class LatentVariableEstimator(LatentLayout):
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
         check_stream_type(X, self.loadings_)
+        sizes = tuple(one.shape[1] for one in (self.loadings_, *self.hidden_loadings_))
+        if self._sizes() != sizes:
+            raise ValueError(
+                f"n_components={self.n_components!r} and "
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r} ask for {self._sizes()} latents, "
+                f"but partial_fit goes on with the {sizes} there are; call fit to start anew."
+            )
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
@@ -316,7 +346,7 @@ class LatentVariableEstimator(LatentLayout):
             weight,
         )
         moments = pooled_covariance(seen, batch)
-        self._store(X, setting, model, trace, moments)
+        self._store(X, setting, model, trace, moments, of_stream=True)
         # Of plain types, as everything else that is saved.
         self._adam = asdict(adam_state(parameters, optimiser))
 

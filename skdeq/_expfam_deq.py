@@ -209,8 +209,10 @@ class ExpFamilyDEQ(
         Their intercepts.
     explained_deviance_ratio_ : ndarray of shape (n_components,)
         Share of the deviance of the intercept-only model that each component removes; for
-        Gaussian data PCA's explained variance ratio. With more than 2e6 entries estimated from
-        evenly spaced rows; after `partial_fit`, from the last batch.
+        Gaussian data PCA's explained variance ratio. They add up to the share that the model
+        removes; one may be negative, and others exceed one, where components undo each other's
+        work far from the intercept, as weakly penalised ones of skewed data do. With more than
+        2e6 entries estimated from evenly spaced rows; after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective at each iteration, with all constants of the likelihood.
     n_iter_ : int

@@ -285,6 +285,7 @@ class ContinuousBernoulli(Family):
     mean_formula = "1 / (1 - exp(-{eta})) - 1 / {eta}"
     support = Interval(0, 1, True, True)
     accepts = "proportions between 0 and 1"
+    unbounded_at = (0.0, 1.0)
     variance_bound = 1 / 12
     self_concordance = 1.0
 

@@ -47,6 +47,8 @@ class Family(_EqualByParameters, ABC):
     ----------
     name : str
         What error messages call the family.
+    unbounded_at : tuple of float
+        Observations whose density grows without bound as eta does; none by default.
     support : Interval
         Observations that are accepted.
     accepts : str
@@ -106,6 +108,7 @@ class Family(_EqualByParameters, ABC):
     name: str = "user-defined"
     support: Interval = _REALS
     accepts: str = "real numbers"
+    unbounded_at: tuple[float, ...] = ()
     domain: Interval = _REALS
     scales_with_exposure: bool = False
     variance_bound: float | None = None

@@ -10,6 +10,7 @@ from skdeq._chunks import map_chunks
 from skdeq._model import LatentModel, Setting
 
 __all__ = [
+    "NEXT_TO_NOTHING",
     "explained_deviance",
     "fix_signs",
     "latent_covariance",
@@ -20,6 +21,12 @@ __all__ = [
 # Entries up to which explained deviances use every row, and points of their quadrature.
 _DEVIANCE_ENTRIES = 2e6
 _NODES = 8
+# Change of a predictor along the line that the nodes resolve; where it is larger they are repeated
+# on intervals, each so many times as long as the one before.
+_RESOLVED = 30.0
+_LONGER = 4.0
+# Share of the deviance that is next to nothing, rounding apart.
+NEXT_TO_NOTHING = 1e-6
 
 
 def fix_signs(model: LatentModel) -> LatentModel:
@@ -94,7 +101,7 @@ def explained_deviance(
     predict: Callable[[Tensor], Tensor],
     null_intercept: Tensor,
     scores: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, float]:
     r"""Share of the null deviance that each component removes.
 
     The deviance falls from that of the intercept-only model to that of the model along the
@@ -118,9 +125,11 @@ def explained_deviance(
 
     Returns
     -------
-    Tensor of shape (k,), float64
-        Sums to one minus the residual deviance over the null deviance. With more than 2e6
-        entries, estimated from evenly spaced rows.
+    shares : Tensor of shape (k,), float64
+        Sums to one minus the residual deviance over the null deviance, or zeros where that is
+        negative. With more than 2e6 entries, estimated from evenly spaced rows.
+    removed : float
+        Share that the scores remove: next to nothing if they hardly move the predictors.
     """
     family = setting.family.exact
     n, k = scores.shape
@@ -128,7 +137,10 @@ def explained_deviance(
     every = max(1, round(n * p / _DEVIANCE_ENTRIES))
     index = torch.arange(0, n, every, device=scores.device)
     weight = setting.sample_weight
-    nodes, shares = np.polynomial.legendre.leggauss(_NODES)
+
+    def moved(low: int, high: int) -> Tensor:
+        some = scores[index[low:high]]
+        return (predict(some) - predict(torch.zeros_like(some[:1]))).abs().amax()
 
     def work(low: int, high: int) -> Tensor:
         rows = index[low:high]
@@ -151,7 +163,7 @@ def explained_deviance(
             return 2 * (torch.where(observed, gap, 0.0).sum(1) * weights).double().sum()
 
         parts = torch.zeros(k, dtype=torch.float64, device=x.device)
-        for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
+        for node, share in zip(nodes, shares, strict=True):
             with torch.enable_grad():
                 values = (float(node) * some).requires_grad_()
                 predictor = along(float(node), values)
@@ -164,10 +176,25 @@ def explained_deviance(
         return torch.cat([torch.stack(ends), parts])
 
     size = max(1, 2**19 // p)
+    largest = torch.stack(map_chunks(moved, len(index), size, scores.device)).amax()
+    nodes, shares = _quadrature(float(largest))
     total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
-    null, residual, parts = total[0], total[1], total[2:]
-    explained = 1 - float(residual / null) if float(null) > 0 else 0.0
-    whole = float(parts.sum())
-    if not (explained > 0 and 0 < whole < torch.inf):
-        return torch.zeros(k, dtype=torch.float64)
-    return parts * (explained / whole)
+    null, residual, parts = float(total[0]), float(total[1]), total[2:]
+    explained = 1 - residual / null if null > 0 else 0.0
+    removed = float(parts.sum()) / null if null > 0 else 0.0
+    if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
+        return torch.zeros(k, dtype=torch.float64), removed
+    if not 0 < removed < torch.inf:
+        # Far out the intercept does what the scores undo, and no part is a component's own.
+        parts = scores.double().var(0, correction=0)
+    return parts * (explained / parts.sum()), removed
+
+
+def _quadrature(largest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1] for functions of predictors that move by so much at most."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    edges = [1.0]
+    while _RESOLVED < largest * edges[0] < np.inf:
+        edges.insert(0, edges[0] / _LONGER)
+    low, length = np.r_[0.0, edges[:-1]][:, None], np.diff(edges, prepend=0.0)[:, None]
+    return (low + length * (nodes + 1) / 2).ravel(), (length * weights / 2).ravel()

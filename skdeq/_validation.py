@@ -1,5 +1,6 @@
 """What estimators check of their input: scikit-learn's rules and the support of the family."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,15 @@ from skdeq._chunks import map_chunks
 from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 from skdeq._family import Family
 
-__all__ = ["check_codes", "check_observations", "check_rows", "check_stream_type", "check_weights"]
+__all__ = [
+    "check_codes",
+    "check_columns",
+    "check_observations",
+    "check_rows",
+    "check_stream_type",
+    "check_weights",
+    "warn_of_ends",
+]
 
 _FLOATS = (np.float64, np.float32)
 # Types that need no copy as floats: batches of them are converted as they are used.
@@ -46,14 +55,51 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
             _refuse(estimator, family, *bad)
     _check_size(X, family)
     if reset:
-        empty = np.flatnonzero(missing_per_column(X) == X.shape[0])
-        if len(empty):
-            raise ValueError(
-                f"Column {empty[0]} of X has no observed entry, every one of its {X.shape[0]} "
-                f"rows is NaN ({len(empty)} such columns in all); drop such columns before "
-                f"{type(estimator).__name__}.fit."
-            )
+        check_columns(estimator, X)
     return X
+
+
+def check_columns(estimator, X) -> None:
+    """Refuse validated data with a column of which nothing is known.
+
+    Raises
+    ------
+    ValueError
+        If a column has no observed entry, naming it.
+    """
+    empty = np.flatnonzero(missing_per_column(X) == X.shape[0])
+    if len(empty):
+        raise ValueError(
+            f"Column {empty[0]} of X has no observed entry, every one of its {X.shape[0]} rows "
+            f"of positive weight is NaN ({len(empty)} such columns in all); drop such columns "
+            f"before {type(estimator).__name__}.fit."
+        )
+
+
+def warn_of_ends(X, family: Family) -> None:
+    """Warn of columns of which the family has no largest likelihood."""
+    missing = missing_per_column(X)
+    for end in family.base.unbounded_at:
+        columns = np.flatnonzero(_count_of(X, end) + missing == X.shape[0])
+        if len(columns):
+            warnings.warn(
+                f"Column {columns[0]} of X is {end:g} wherever it is observed ({len(columns)} "
+                f"such columns in all). There the density of {family.base!r} grows without "
+                "bound, and the intercept, the objective and score with it: drop such columns, "
+                "or use family='bernoulli'.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+
+def _count_of(X, value: float) -> np.ndarray:
+    """Count the entries of each column that have a value."""
+    if not sp.issparse(X):
+        return _per_chunk(X, lambda rows: (rows == value).sum(0)).sum(0).cpu().numpy()
+    n, p = X.shape
+    if value:
+        return np.bincount(X.indices[X.data == value], minlength=p)
+    return n - np.bincount(X.indices[X.data != 0], minlength=p)
 
 
 def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):

@@ -9,7 +9,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import CUDA, FAMILY_OBJECTS, sample
+from numpy.testing import assert_allclose
 from scipy.optimize import minimize
+from scipy.special import logit
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -930,12 +932,100 @@ def test_iris_like_user_defined_family():
     assert mine.score(X) == pytest.approx(ours.score(X), abs=1e-6)
 
 
-@pytest.mark.parametrize("form", [np.asarray, sp.csr_array])
-def test_column_seen_in_rows_without_weight_alone(form):
-    X = np.random.default_rng(0).poisson(3.0, size=(40, 6)).astype(float)
-    X[5:, 2] = np.nan
-    weight = np.ones(40)
-    weight[:5] = 0
-    fitted = ExpFamilyDEQ(2, family="poisson").fit(form(X), sample_weight=weight)
-    assert np.isfinite(fitted.components_).all()
-    assert np.isfinite(fitted.transform(form(X))).all()
+@pytest.mark.parametrize("family", ["negative_binomial", "gamma"])
+@pytest.mark.parametrize("batch_size", [None, 32])
+def test_minibatches_stay_in_the_domain(family, batch_size):
+    # A step inside the domain of the rows of one batch may be outside that of others.
+    X = sample(family, n=400, p=15)
+    options = {"family": family, "random_state": 0}
+    model = ExpFamilyDEQ(2, solver="adam", max_iter=12, batch_size=batch_size, tol=0.0, **options)
+    with pytest.warns(ConvergenceWarning):
+        curve = model.fit(X).loss_curve_
+    assert np.isfinite(curve).all()
+    best = ExpFamilyDEQ(2, **options).fit(X).loss_curve_[-1]
+    assert min(curve) - best < 0.05 * (curve[0] - best + abs(best))
+
+
+@pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
+def test_a_warm_start_that_is_worse_than_nothing_is_dropped(family):
+    X = sample("poisson", n=100, p=12) + 0.1
+    cold = ExpFamilyDEQ(2, family=family, random_state=0).fit(X)
+    warm = ExpFamilyDEQ(2, warm_start=True, random_state=0).fit(X)
+    warm.set_params(family=family).fit(X)
+    assert_allclose(warm.loss_curve_, cold.loss_curve_)
+
+
+def test_the_end_of_the_schedule_is_no_convergence():
+    rng = np.random.default_rng(0)
+    rate = np.exp(0.7 * rng.normal(size=(100, 2)) @ rng.normal(size=(2, 12)))
+    X = rng.poisson(rate).astype(float)
+    model = ExpFamilyDEQ(2, family="poisson", solver="adam", warm_start=True, random_state=0)
+    assert model.fit(X).converged_
+    with pytest.warns(ConvergenceWarning, match="did not converge"):
+        model.fit(10 * X)
+    assert not model.converged_
+
+
+def test_components_that_are_all_empty_are_zero():
+    X = np.random.default_rng(1).normal(size=(60, 5))
+    with pytest.warns(ConvergenceWarning, match="All 2 components"):
+        scores = ExpFamilyDEQ(2, weight_decay=5).fit_transform(X)
+    assert (scores == 0).all()
+
+
+def test_shares_of_predictors_far_out():
+    rng = np.random.default_rng(0)
+    rate = np.exp(rng.normal(size=(200, 2)) @ rng.normal(size=(2, 30)) / 2)
+    X = (rng.poisson(rate) > 1).astype(float)
+    model = ExpFamilyDEQ(2, family="bernoulli", alpha=1e-5, weight_decay=1e-5 / 200)
+    scores = model.set_params(random_state=0).fit_transform(X)
+    eta = model.natural_parameters(scores)
+    assert np.abs(eta).max() > 1e4
+
+    def deviance(eta):
+        return 2 * np.sum(np.logaddexp(0, eta) - X * eta)
+
+    null = deviance(np.broadcast_to(logit(X.mean(axis=0)), X.shape))
+    assert_allclose(model.explained_deviance_ratio_.sum(), 1 - deviance(eta) / null, rtol=1e-6)
+    assert (model.explained_deviance_ratio_ > 0).all()
+
+
+def test_a_model_that_is_worse_than_its_intercept_says_so():
+    X = (np.random.default_rng(1).random((30, 6)) < 0.5).astype(float)
+    model = ExpFamilyDEQ(2, family="bernoulli", weight_decay=0, random_state=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X)
+    told = any("All 2 components" in str(one.message) for one in caught)
+    assert not told
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_columns_at_an_end_of_a_density(end, layout):
+    X = np.random.default_rng(0).random((40, 5))
+    X[:, [1, 3]] = end
+    X[2, 3] = np.nan
+    model = ExpFamilyDEQ(2, family="continuous_bernoulli", max_iter=2, tol=1.0, random_state=0)
+    with pytest.warns(UserWarning, match=rf"Column 1 of X is {end:g} .*\(2 such columns in all\)"):
+        model.fit(layout(X))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Column")
+        model.fit(layout(X[:, [0, 2, 4]]))
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_a_column_seen_in_rows_without_weight_alone_is_refused(layout):
+    X = sample("poisson", n=30, p=5).astype(float)
+    X[:28, 4] = np.nan
+    weight = np.r_[np.ones(28), 0, 0]
+    with pytest.raises(ValueError, match="Column 4 of X has no observed entry.*positive weight"):
+        ExpFamilyDEQ(2, family="poisson").fit(layout(X), sample_weight=weight)
+
+
+@pytest.mark.parametrize("asked", [{"n_components": 3}, {"hidden_layer_sizes": (4,)}])
+def test_a_stream_does_not_change_its_sizes(asked):
+    X = sample("poisson", n=30, p=5)
+    model = ExpFamilyDEQ(2, family="poisson", random_state=0).partial_fit(X)
+    with pytest.raises(ValueError, match="partial_fit goes on with the .* call fit to start anew"):
+        model.set_params(**asked).partial_fit(X)

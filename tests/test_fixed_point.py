@@ -7,11 +7,12 @@ import torch
 from conftest import sample
 from scipy.optimize import minimize
 
+from skdeq import ExpFamilyDEQ
 from skdeq._latents import _gradient_at_zero
 from skdeq._map_problem import MapProblem
 from skdeq._newton import NewtonSystems
 from skdeq._observations import CompressedRows, Observations
-from skdeq.families import FAMILIES, Bernoulli, Gaussian, Poisson, get_family
+from skdeq.families import FAMILIES, Bernoulli, Gamma, Gaussian, Poisson, get_family
 from skdeq.fixed_point import (
     SOLVERS,
     FixedPointResult,
@@ -434,3 +435,63 @@ def test_gaussian_is_solved_by_one_newton_step():
     result = newton(problem, zeros(problem), tol=1e-12, max_iter=5)
     assert isinstance(problem.family, Gaussian)
     assert (result.n_iter == 1).all()
+
+
+def decrement_of(family, loadings, intercept, X, latents):
+    """Squared Newton decrements, with the model written out for a canonical family."""
+    eta = latents @ loadings.T + intercept
+    gradient = (family.mean(eta) - family.sufficient(X)) @ loadings + latents
+    weighted = loadings.T * family.variance(eta).unsqueeze(1)
+    hessian = weighted @ loadings + torch.eye(loadings.shape[1])
+    return (gradient * torch.linalg.solve(hessian, gradient)).sum(1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e9])
+def test_the_certificate_knows_no_units(scale):
+    # The latents of amounts in large units are small, and so is any error of theirs.
+    rng = np.random.default_rng(2)
+    shape = np.exp(rng.normal(size=(60, 1)) @ rng.normal(size=(1, 6)))
+    X = scale * rng.gamma(2, 1, (60, 6)) * shape
+    model = ExpFamilyDEQ(2, family=Gamma(2.0), random_state=0)
+    scores = model.fit_transform(X)
+    np.testing.assert_allclose(model.transform(X), scores, rtol=0, atol=1e-6 * scores.std())
+    certificate = model.map_latents(X)
+    assert certificate.converged.all()
+    decrement = decrement_of(
+        Gamma(2.0),
+        torch.from_numpy(model.loadings_),
+        torch.from_numpy(model.intercept_),
+        torch.from_numpy(X),
+        torch.from_numpy(certificate.value),
+    )
+    # The last step of Newton's method has squared it.
+    assert decrement.max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weak_directions_are_certified(dtype):
+    rng = np.random.default_rng(3)
+    latents, loadings = rng.normal(size=(80, 3)), 1.5 * rng.normal(size=(3, 10))
+    mean = np.exp(latents @ loadings + 3 * rng.normal(size=10))
+    X = rng.poisson(mean).astype(dtype)
+    model = ExpFamilyDEQ(3, family="poisson", random_state=0)
+    scores = model.fit_transform(X)
+    if dtype == np.float64:
+        np.testing.assert_allclose(
+            model.transform(X), scores, rtol=0, atol=1e-6 * np.abs(scores).max()
+        )
+    certificate = model.map_latents(X)
+    assert certificate.converged.all()
+    values = [model.loadings_, model.intercept_, X, certificate.value]
+    double = [torch.from_numpy(np.asarray(one, dtype=np.float64)) for one in values]
+    decrement = decrement_of(Poisson(), *double)
+    # A row of ten million counts tells more of its latents than float32 resolves.
+    assert decrement.max() < (1e-9 if dtype == np.float64 else 0.1)
+
+
+def test_huge_counts_are_solved_in_float32():
+    X = np.random.default_rng(0).poisson(1e6, (200, 20)).astype(np.float32)
+    model = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
+    certificate = model.map_latents(X)
+    assert certificate.converged.all()
+    assert certificate.n_iter.max() < 10
