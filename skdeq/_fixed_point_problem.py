@@ -22,9 +22,10 @@ class FixedPointResult:
     value : Tensor or ndarray of shape (n_rows, r)
         The solutions.
     residual : Tensor or ndarray of shape (n_rows,)
-        Scaled residual, see :meth:`FixedPointProblem.gradient`: of the returned value, or a bound
-        of it that is within the tolerance, or, with Newton's method, that of the point one step
-        before.
+        Scaled residual, see :meth:`FixedPointProblem.gradient`, of the returned value, or a bound
+        of it that is within the tolerance. With Newton's method it is that of the point one step
+        before, or the squared Newton decrement there where that is larger, and 0 where both are
+        rounding.
     converged : Tensor or ndarray of shape (n_rows,)
         Whether the residual is within the tolerance.
     n_iter : Tensor or ndarray of shape (n_rows,)

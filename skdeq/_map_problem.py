@@ -355,6 +355,7 @@ class MapProblem:
         gradient, size = self.gradient_and_size(z, rows, fresh)
         residual = self._residual(gradient, z, size)
         if self._map is not None:
+            # The squared Newton decrement, with the curvature that shapes the map.
             decrement = -(gradient * self._map.step(gradient, rows)).sum(1)
             residual = torch.maximum(residual, decrement)
         return gradient, residual
