@@ -181,7 +181,9 @@ class HeadTrainer:
         # Where a row has several solutions, prediction will find the one from zero.
         start = self._latents[index] if self.layer.is_convex else None
         with torch.set_grad_enabled(fine_tune and torch.is_grad_enabled()):
-            latents = self.layer(x, start)
+            # Without a warning of rows that are not solved: here they are solved loosely, and
+            # prediction has one of its own.
+            latents, _ = self.layer._attached(x, start)
         if fine_tune:
             self._latents[index] = latents.detach()
         return latents

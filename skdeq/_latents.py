@@ -37,6 +37,7 @@ def solve_latents(
     max_iter: int,
     curvature: Tensor | Callable[[], Tensor] | None = None,
     start: Tensor | None = None,
+    check_start: bool = False,
     start_map: Tensor | None = None,
 ) -> FixedPointResult:
     """MAP latents of every row, chunk by chunk.
@@ -60,6 +61,9 @@ def solve_latents(
         asked for otherwise; by default its bound, where there is one.
     start : Tensor of shape (n, k), optional
         Where to start; a row that would be outside the domain of the family starts from zero.
+    check_start : bool
+        Whether ``start`` may be far off. Where the variance has no bound few steps lead back from
+        there: rows of a convex problem in which it is worse than zero then start from zero.
     start_map : Tensor of shape (k + 1, k), optional
         From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
         ``start``, with four components or more in one layer of a canonical family. All else
@@ -101,7 +105,11 @@ def solve_latents(
     problem = latent_problem(setting, loadings, intercept, upper, curvature, shared_map=bounded)
     n = problem.n_rows
     if start is not None:
-        begin = start if setting.family.domain.is_real_line else _inside(problem, start)
+        begin = start
+        if check_start and isinstance(problem, MapProblem) and setting.family.is_canonical:
+            begin = _checked_start(problem, start)
+        elif not setting.family.domain.is_real_line:
+            begin = _inside(problem, start)
     elif (
         start_map is not None
         and isinstance(problem, MapProblem)
@@ -207,10 +215,30 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
         zero = design.new_zeros(high - low, problem.r)
         objective, gradient = part.value_and_gradient(zero, rows)
         predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
-        better = part.objective(predicted, rows) < objective
-        return torch.where(better.unsqueeze(1), predicted, zero)
+        return _better_than_zero(part, predicted, rows, objective)
 
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
+
+
+def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
+    """Replace a start by zero in the rows that it would lead astray."""
+    if problem.scale_is_bounded:
+        return start
+
+    def work(low: int, high: int) -> Tensor:
+        part, rows = problem.chunk(low, high), torch.arange(high - low, device=start.device)
+        given = start[low:high]
+        return _better_than_zero(part, given, rows, part.objective(torch.zeros_like(given), rows))
+
+    return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), start.device))
+
+
+def _better_than_zero(
+    problem: MapProblem, start: Tensor, rows: Tensor, objective_at_zero: Tensor
+) -> Tensor:
+    """Replace a start by zero in the rows whose objective it does not lower."""
+    better = problem.objective(start, rows) < objective_at_zero
+    return torch.where(better.unsqueeze(1), start, 0.0)
 
 
 def laplace_log_likelihood(

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["attach_gradient"]
 
@@ -18,7 +17,8 @@ def attach_gradient(
     Where ``g(z*, theta) = 0``, the derivative of z* is ``-H^{-1} dg/dtheta`` with
     ``H = dg/dz``. One Newton step ``z* - H^{-1} g(z*, theta)`` with z* and H held constant has
     that derivative; its value is left at z*. Backward it solves one linear system
-    per row, and keeps nothing of the iterations that led to z*.
+    per row, and keeps nothing of the iterations that led to z*. There is no second derivative: a
+    backward pass with ``create_graph=True`` raises a RuntimeError.
 
     Parameters
     ----------
@@ -47,8 +47,14 @@ def attach_gradient(
     """
     solution = solution.detach()
     factor, _ = torch.linalg.cholesky_ex(hessian.detach())
-    step = _Solve.apply(gradient(solution), factor)
+    step = _newton_step(gradient(solution), factor)
     return solution - (step - step.detach())
+
+
+# Not traced by torch.compile, which would settle once and for all whether a graph is asked for.
+@torch.compiler.allow_in_graph
+def _newton_step(gradient: Tensor, factor: Tensor) -> Tensor:
+    return _Solve.apply(gradient, factor)
 
 
 class _Solve(torch.autograd.Function):
@@ -60,7 +66,14 @@ class _Solve(torch.autograd.Function):
         return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # True in here under create_graph alone. The solution and its Hessian are held constant, so
+        # that the graph that is asked for would be that of another function.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "An equilibrium has no second derivative: create_graph=True asks for one of "
+                "skdeq.implicit.attach_gradient or skdeq.nn.EquilibriumLayer, whose backward "
+                "pass can be taken without create_graph only."
+            )
         (factor,) = ctx.saved_tensors
         return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1), None

@@ -1,12 +1,14 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -21,6 +23,7 @@ from skdeq._hierarchy import (
     split_layers,
 )
 from skdeq._latents import solve_latents, typical_variance
+from skdeq._layer_checks import check_numbers, check_type, checked_sizes, checked_start
 from skdeq._model import LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
@@ -30,6 +33,9 @@ from skdeq.implicit import attach_gradient
 __all__ = ["EquilibriumLayer"]
 
 _Kinked = TypeVar("_Kinked", Family, CanonicalMap)
+
+# The second where they are made from kernels.
+_LOADINGS_IN_STATE = ("loadings", "parametrizations.loadings.original")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ class EquilibriumLayer(nn.Module):
 
     row by row. Backward it solves one k x k system per row: the memory it takes does not depend
     on the number of iterations, of which nothing is kept [1]_ (Section 3). The gradient reaches
-    loadings, intercept and the inputs; there is no second derivative.
+    loadings, intercept and the inputs. There is no second derivative: a backward pass with
+    ``create_graph=True`` raises a RuntimeError. Transforms of ``torch.func`` are not supported.
+
+    It computes in the type of its loadings, float32 or float64, under ``torch.autocast``, too.
 
     Parameters
     ----------
@@ -73,7 +82,8 @@ class EquilibriumLayer(nn.Module):
         Prior precision of the latents, positive.
     fixed_point : {"auto", "newton"}, default="auto"
         How the equilibrium is solved, see :class:`~skdeq.ExpFamilyDEQ`: the two ways that leave
-        no row unsolved, of which a gradient would be wrong.
+        no row of a convex problem unsolved. Of a row that is not solved the gradient is wrong, and
+        a ConvergenceWarning says so.
     tol : float, default=1e-6
         Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`. Gradients are those
         of the exact equilibrium, to about the same relative error.
@@ -137,16 +147,8 @@ class EquilibriumLayer(nn.Module):
         max_iter: int = 50,
     ) -> None:
         super().__init__()
-        sizes = (in_features, *hidden_layer_sizes, n_components)
-        if not all(size >= 1 for size in sizes):
-            raise ValueError(
-                "in_features, hidden_layer_sizes and n_components must be at least 1; got "
-                f"{in_features}, {tuple(hidden_layer_sizes)} and {n_components}."
-            )
-        if not alpha > 0:
-            raise ValueError(
-                f"alpha, the prior precision of the latents, must be > 0; got {alpha}."
-            )
+        sizes = checked_sizes(in_features, hidden_layer_sizes, n_components)
+        check_numbers(alpha, tol, max_iter)
         if fixed_point not in ("auto", "newton"):
             raise ValueError(f"fixed_point must be 'auto' or 'newton'; got {fixed_point!r}.")
         self.fixed_point = fixed_point
@@ -154,7 +156,7 @@ class EquilibriumLayer(nn.Module):
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
         self.hidden_map = get_canonical_map(hidden_map)
         self.loadings = nn.Parameter(torch.empty(sizes[0], sizes[1]))
-        self.intercept = nn.Parameter(torch.empty(in_features))
+        self.intercept = nn.Parameter(torch.empty(sizes[0]))
         self.hidden_loadings = nn.ParameterList(
             torch.empty(low, high) for low, high in pairwise(sizes[1:])
         )
@@ -196,10 +198,13 @@ class EquilibriumLayer(nn.Module):
         return f"{text}, alpha={self.alpha}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The two buffers may be there in one layer and not in another.
-        for name in ("rotation", "exposure_profile"):
-            value = state_dict.get(prefix + name)
-            setattr(self, name, None if value is None else torch.empty_like(value))
+        # The two buffers may be there in one layer and not in another. What brings no loadings is
+        # a part of a state, and says nothing of them.
+        if any(prefix + name in state_dict for name in _LOADINGS_IN_STATE):
+            like = self.loadings.detach()
+            for name in ("rotation", "exposure_profile"):
+                value = state_dict.get(prefix + name)
+                setattr(self, name, None if value is None else like.new_empty(value.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
@@ -211,21 +216,41 @@ class EquilibriumLayer(nn.Module):
             Observations in the support of the family, which is not checked; NaN where missing.
         start : Tensor of shape (n, k), optional
             Latents to start from, those of all layers side by side, such as those of the last
-            visit; zero by default.
+            visit; zero by default, and in rows where they are not finite or, if the variance of
+            the family has no bound and the problem is convex, worse than zero.
 
         Returns
         -------
         Tensor of shape (n, k)
             Latents of the top layer, or scores where there is a rotation.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If rows are not solved.
         """
-        batch = self._batch(x)
-        latents = self._solve(batch, start).value
-        if torch.is_grad_enabled() and len(x):
-            latents = attach_gradient(
-                latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
-            )
-        latents = split_layers(latents, self._upper())[-1]
-        return latents if self.rotation is None else latents @ self.rotation
+        latents, result = self._attached(x, start)
+        self._warn_if_unsolved(result)
+        return latents
+
+    def _attached(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, FixedPointResult]:
+        """Latents of rows as :meth:`forward` returns them, and their certificates, unwarned."""
+        # In fewer digits than the loadings have, the residuals that certify would be false.
+        with torch.autocast(x.device.type, enabled=False):
+            batch = self._batch(x)
+            if start is not None:
+                shape = (len(x), sum(self._layer_sizes()))
+                start = checked_start(start, shape, self.loadings)
+            result = self._solve(batch, start)
+            latents = result.value
+            if torch.is_grad_enabled():
+                latents = attach_gradient(
+                    latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
+                )
+            latents = split_layers(latents, self._upper())[-1]
+            if self.rotation is not None:
+                latents = latents @ self.rotation
+        return latents, result
 
     def certify(self, x: Tensor) -> FixedPointResult:
         """Latents of rows with their certificates of convergence, without gradients.
@@ -238,8 +263,27 @@ class EquilibriumLayer(nn.Module):
         -------
         FixedPointResult
         """
-        result = self._solve(self._batch(x))
-        return replace(result, layer_sizes=tuple(one.shape[1] for one, _ in self.pairs()))
+        with torch.autocast(x.device.type, enabled=False):
+            result = self._solve(self._batch(x))
+        return replace(result, layer_sizes=self._layer_sizes())
+
+    def _layer_sizes(self) -> tuple[int, ...]:
+        return tuple(loadings.shape[1] for loadings, _ in self.pairs())
+
+    @torch.compiler.disable
+    def _warn_if_unsolved(self, result: FixedPointResult) -> None:
+        left = int((~result.converged).sum())
+        if left:
+            single = result.value.dtype == torch.float32
+            warnings.warn(
+                f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
+                f"tol={self.tol:g} (largest residual {float(result.residual.max()):.1e}), so that "
+                "their latents are off and their gradients wrong; certify says which they are. "
+                f"Increase max_iter={self.max_iter}, lower the learning rate if training made the "
+                "loadings this large" + (", or convert the layer to float64." if single else "."),
+                ConvergenceWarning,
+                stacklevel=6,
+            )
 
     def _upper(self) -> tuple[HiddenLayer, ...]:
         return tuple(HiddenLayer(*pair) for pair in self.pairs()[1:])
@@ -249,9 +293,11 @@ class EquilibriumLayer(nn.Module):
         return *pairs[0], tuple(HiddenLayer(*pair) for pair in pairs[1:])
 
     def _batch(self, x: Tensor) -> _Batch:
-        if x.dim() != 2 or x.shape[1] != len(self.loadings):
-            raise ValueError(f"x must have shape (n, {len(self.loadings)}); got {tuple(x.shape)}.")
-        x = x.to(self.loadings.dtype)
+        dtype, n_features = self.loadings.dtype, len(self.intercept)
+        check_type(dtype)
+        if x.dim() != 2 or x.shape[1] != n_features:
+            raise ValueError(f"x must have shape (n, {n_features}); got {tuple(x.shape)}.")
+        x = x.to(dtype)
         missing = torch.isnan(x)
         gaps = bool(missing.any())
         filled = torch.where(missing, torch.ones_like(x), x) if gaps else x
@@ -288,7 +334,7 @@ class EquilibriumLayer(nn.Module):
         curvature = None
         if start is not None and self.is_convex:
             # A closer guide than the bound of the variance that it stands for.
-            model = LatentModel(loadings, intercept, start.detach())
+            model = LatentModel(loadings, intercept, start)
             curvature = partial(typical_variance, setting, model, "rows")
         return solve_latents(
             setting,
@@ -299,17 +345,20 @@ class EquilibriumLayer(nn.Module):
             tol=self.tol,
             max_iter=self.max_iter,
             curvature=curvature,
-            start=None if start is None else start.detach(),
+            start=start,
+            check_start=True,
         )
 
     def _of_no_rows(self) -> FixedPointResult:
         nothing = self.loadings.new_zeros(0)
-        latents = nothing.view(0, sum(one.shape[1] for one, _ in self.pairs()))
+        latents = nothing.view(0, sum(self._layer_sizes()))
         return FixedPointResult(latents, nothing, nothing.bool(), nothing.long())
 
     @torch.compiler.disable
     @torch.no_grad()
     def _hessian(self, batch: _Batch, latents: Tensor) -> Tensor:
+        if not len(latents):
+            return latents.new_zeros(0, latents.shape[1], latents.shape[1])
         setting = replace(
             self._setting(batch), family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
         )

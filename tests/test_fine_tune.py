@@ -153,6 +153,19 @@ def test_dropout_is_reproducible_and_streams_go_on_bit_for_bit(make):
         make(dropout=1.0).fit(X, y)
 
 
+def test_rows_of_minibatches_that_are_not_solved_are_not_warned_of():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    # So few steps that no minibatch is solved.
+    backbone.set_params(fixed_point_max_iter=1, fixed_point_tol=1e-12)
+    network = DEQClassifier(backbone, dropout=0.5, max_iter=2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* rows of EquilibriumLayer")
+        network.fit(X, label)
+    with pytest.warns(ConvergenceWarning, match="rows of EquilibriumLayer are not solved"):
+        network.backbone_.to_module()(torch.from_numpy(X))
+
+
 def test_gradient_step_lowers_the_loss_as_autograd_says():
     X, label, _ = data()
     fitted = classifier(max_iter=1, batch_size=400, learning_rate=1e-9).fit(X, label)

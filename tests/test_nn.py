@@ -1,12 +1,15 @@
 """The equilibrium layer: gradients against gradcheck, unrolling and the estimator."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import CUDA, FAMILY_OBJECTS, sample
+from sklearn.exceptions import ConvergenceWarning
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from skdeq import ExpFamilyDEQ
 from skdeq.families import get_family
@@ -22,9 +25,8 @@ PAIRS = [
 
 def layer(family="poisson", canonical_map="identity", **options):
     """Layer with the loadings of a fitted model, so that no row is at the edge of the domain."""
-    deq = ExpFamilyDEQ(
-        2, family=family, canonical_map=canonical_map, random_state=0, whiten=True, **options
-    )
+    options = {"random_state": 0, "whiten": True, **options}
+    deq = ExpFamilyDEQ(2, family=family, canonical_map=canonical_map, **options)
     X = sample(family)
     module = deq.fit(X).to_module()
     module.tol = 1e-12
@@ -113,11 +115,43 @@ def test_module_through_a_map_is_the_transform(canonical_map):
     np.testing.assert_allclose(module(x).detach(), deq.transform(x.numpy()), atol=1e-10)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_are_refused(compiled):
     module, x, _ = layer("poisson")
-    (slope,) = torch.autograd.grad(module(x).square().sum(), module.intercept, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+    function = torch.compile(module, backend="eager") if compiled else module
+    x.requires_grad_()
+    # The gradient that comes in may depend on nothing, or on the output.
+    for power in (1, 2):
+        with pytest.raises(RuntimeError, match="has no second derivative: create_graph=True asks"):
+            torch.autograd.grad((function(x) ** power).sum(), x, create_graph=True)
+        (slope,) = torch.autograd.grad((function(x) ** power).sum(), x)
+        assert not slope.requires_grad
+
+
+def test_first_derivatives_by_checkpoint_and_jacobian():
+    module, x, _ = layer("poisson")
+    x = x[:3].requires_grad_()
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    for use_reentrant in (False, True):
+        out = checkpoint(module, x, use_reentrant=use_reentrant)
+        out.sum().backward()
+        np.testing.assert_array_equal(x.grad, expected)
+        x.grad = None
+    jacobian = torch.autograd.functional.jacobian(module, x)
+    np.testing.assert_allclose(jacobian.sum((0, 1)), expected, atol=1e-12)
+
+
+def test_autocast_changes_nothing():
+    module, x, _ = layer("poisson", exposure="total", whiten=False)
+    module, x = module.float(), x.float()
+    expected = module(x)
+    (slope,) = torch.autograd.grad(expected.sum(), module.loadings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, certified = module(x), module.certify(x)
+    assert out.dtype == torch.float32
+    np.testing.assert_array_equal(out.detach(), expected.detach())
+    np.testing.assert_array_equal(certified.value, module.certify(x).value)
+    np.testing.assert_array_equal(torch.autograd.grad(out.sum(), module.loadings)[0], slope)
 
 
 def test_inputs_of_other_types_and_none_at_all():
@@ -131,6 +165,66 @@ def test_inputs_of_other_types_and_none_at_all():
     scores = deq.set_params(whiten=False).to_module()
     fresh.load_state_dict(scores.state_dict())
     np.testing.assert_allclose(fresh(x).detach(), scores(x).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"canonical_map": "softplus"}, {"hidden_layer_sizes": (4,)}], ids=str
+)
+def test_no_rows_at_all_have_gradients_of_zero(options):
+    module = EquilibriumLayer(9, 2, family="bernoulli", **options)
+    module(torch.ones(0, 9)).sum().backward()
+    assert all(one.grad.eq(0).all() for one in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_types_are_refused_in_words(dtype):
+    module = EquilibriumLayer(9, 2, family="bernoulli").to(dtype)
+    for method in (module, module.certify):
+        with pytest.raises(TypeError, match=f"float32 or float64, but its loadings are {dtype}"):
+            method(torch.ones(3, 9))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_that_are_not_solved_are_warned_of_once(compiled):
+    torch.manual_seed(0)
+    options = {"canonical_map": "softplus", "hidden_layer_sizes": (4,)}
+    module = EquilibriumLayer(10, 3, family="bernoulli", **options).double()
+    x = (torch.rand(20, 10) > 0.5).double()
+    function = torch.compile(module, backend="eager") if compiled else module
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        function(x)
+        module.max_iter = 1
+        left = int((~module.certify(x).converged).sum())
+    assert 0 < left < 20
+    with pytest.warns(ConvergenceWarning, match=f"{left} of 20 rows .* max_iter=1") as caught:
+        function(x)
+    assert sum(one.category is ConvergenceWarning for one in caught) == 1
+
+
+@pytest.mark.parametrize("family", ["poisson", "gaussian", "gamma"])
+@pytest.mark.parametrize("far", [-300.0, 100.0, 300.0, 1e30, torch.inf, torch.nan])
+def test_a_start_that_is_far_off_does_not_lead_astray(family, far):
+    module, x, _ = layer(family)
+    expected = module(x).detach()
+    start = expected.clone()
+    # Only some rows: those beside them start where they were told to.
+    start[::2] = far
+    np.testing.assert_allclose(module(x, start).detach(), expected, atol=1e-8)
+
+
+def test_start_is_converted_and_its_shape_checked():
+    module, x, _ = layer("poisson")
+    single = module(x).detach().float()
+    np.testing.assert_allclose(module(x, single).detach(), module(x).detach(), atol=1e-10)
+    np.testing.assert_allclose(module(x, single.int()).detach(), module(x).detach(), atol=1e-10)
+    message = rf"start must have shape \({len(x)}, 2\), one row for each of x .* got \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
+        module(x, single[:3])
+    deep = EquilibriumLayer(9, 2, hidden_layer_sizes=(3,)).double()
+    with pytest.raises(ValueError, match=r"the latents of all layers side by side; got"):
+        deep(x, single)
+    assert deep(x, torch.zeros(len(x), 5)).shape == (len(x), 2)
 
 
 def saved_bytes(module, x):
@@ -149,7 +243,8 @@ def saved_bytes(module, x):
 def test_memory_of_backward_does_not_grow_with_the_iterations():
     module, x, _ = layer("poisson")
     module.max_iter, module.tol = 1, 0.0
-    few = saved_bytes(module, x)
+    with pytest.warns(ConvergenceWarning, match="are not solved"):
+        few = saved_bytes(module, x)
     module.max_iter = 40
     assert saved_bytes(module, x) == few
 
@@ -186,13 +281,48 @@ def test_saves_and_loads_by_state_dict():
     assert set(module.state_dict()) == {"loadings", "intercept", "exposure_profile"}
 
 
-def test_compiled_layer_gives_the_same_result():
+def test_states_of_another_type_are_loaded_in_the_layers_own():
+    module, x, _ = layer("poisson", exposure="total", whiten=False)
+    fresh = EquilibriumLayer(9, 2, family="poisson")
+    fresh.load_state_dict(module.state_dict())
+    assert {value.dtype for value in fresh.state_dict().values()} == {torch.float32}
+    np.testing.assert_allclose(fresh(x).detach(), module(x).detach(), atol=1e-4)
+
+
+def test_a_part_of_a_state_leaves_the_rest_alone():
+    module, x, _ = layer("poisson", exposure="total", whiten=False)
+    kept = module.rotation.clone(), module.exposure_profile.clone()
+    module.load_state_dict({"intercept": torch.zeros(9)}, strict=False)
+    assert torch.equal(module.rotation, kept[0])
+    assert torch.equal(module.exposure_profile, kept[1])
+    # A whole state without them takes them away.
+    module.load_state_dict(EquilibriumLayer(9, 2).state_dict())
+    assert module.rotation is None
+    assert module.exposure_profile is None
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_state_of_a_convolution_decides_about_the_rotation(whiten):
+    X = sample("poisson", p=16)
+    options = {"loadings": "conv2d", "image_shape": (4, 4), "kernel_size": 2, "stride": 2}
+    model = ExpFamilyDEQ(2, family="poisson", max_iter=3, tol=1, random_state=0, **options).fit(X)
+    fresh = model.to_module()
+    module = model.set_params(whiten=whiten).to_module()
+    fresh.load_state_dict(module.state_dict())
+    assert (fresh.rotation is None) == whiten
+    x = torch.from_numpy(X)
+    np.testing.assert_allclose(fresh(x).detach(), module(x).detach(), atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_layer_gives_the_same_result(backend):
     module, x, _ = layer("poisson")
     # The solver stays outside the graph; what surrounds it is traced.
-    compiled = torch.compile(module, backend="eager")
+    compiled = torch.compile(module, backend=backend)
     np.testing.assert_allclose(compiled(x).detach(), module(x).detach(), atol=1e-12)
+    (expected,) = torch.autograd.grad(module(x).sum(), module.loadings)
     compiled(x).sum().backward()
-    assert torch.isfinite(module.loadings.grad).all()
+    np.testing.assert_allclose(module.loadings.grad, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -202,6 +332,28 @@ def test_devices(device):
     out = module.to(device)(x.to(device))
     np.testing.assert_allclose(out.detach().cpu(), expected, atol=1e-8)
     out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"in_features": 2.5}, ValueError, "integers of at least 1; got 2.5, \\(\\) and 2"),
+        ({"n_components": 0}, ValueError, "integers of at least 1; got 4, \\(\\) and 0"),
+        ({"hidden_layer_sizes": (3, 2.5)}, ValueError, "integers of at least 1"),
+        ({"hidden_layer_sizes": 3}, TypeError, "must be a tuple of integers; got 3"),
+        ({"alpha": float("inf")}, ValueError, "alpha, the prior precision .* got inf"),
+        ({"alpha": "1"}, ValueError, "alpha, the prior precision .* got '1'"),
+        ({"tol": float("nan")}, ValueError, "tol, the residual of a solved row, .* got nan"),
+        ({"tol": -1}, ValueError, "tol, the residual of a solved row, .* got -1"),
+        ({"max_iter": 0}, ValueError, "max_iter must be an integer of at least 1; got 0"),
+        ({"max_iter": -3}, ValueError, "max_iter must be an integer of at least 1; got -3"),
+        ({"max_iter": 2.5}, ValueError, "max_iter must be an integer of at least 1; got 2.5"),
+    ],
+    ids=str,
+)
+def test_bad_numbers_are_refused_in_words(options, error, message):
+    with pytest.raises(error, match=message):
+        EquilibriumLayer(**{"in_features": 4, "n_components": 2, **options})
 
 
 def test_bad_arguments_are_refused_in_words():
