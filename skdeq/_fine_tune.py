@@ -95,7 +95,7 @@ _ATTRIBUTES = """
     intercepts_ : list of ndarray of shape (n_out,)
         Their biases.
     loss_curve_ : list of float
-        Mean loss of each epoch.
+        Mean loss of each epoch; infinite if all of its steps were taken back.
     validation_scores_ : list of float or None
         Score on the rows held out after each epoch, with ``early_stopping=True``.
     n_iter_ : int

@@ -317,6 +317,39 @@ def test_steps_that_go_astray_are_taken_back_with_a_warning(family):
     assert fitted.backbone_.map_latents(X).converged.mean() > 0.9
 
 
+def test_loss_of_an_epoch_is_that_of_the_batches_that_were_taken():
+    X, label, _ = data("gamma")
+    fitted = classifier("gamma", learning_rate=1e2, batch_size=200, max_iter=8).fit(X, label)
+    even = np.log(2)
+    losses = np.array(fitted.loss_curve_)
+    # Steps this long are all taken back: what is left is the head as drawn, which knows nothing.
+    assert (losses > 0.9 * even).all()
+    nothing = classifier("gamma", learning_rate=1e6, batch_size=400, max_iter=4).fit(X, label)
+    assert np.isinf(nothing.loss_curve_).any()
+
+
+def test_steps_that_are_taken_back_do_not_end_the_training():
+    rng = np.random.default_rng(0)
+    Z = rng.normal(size=(200, 3))
+    X = rng.poisson(np.exp(0.6 * Z @ rng.normal(size=(3, 10)))) + 0.1
+    label = Z[:, 0] + 0.7 * rng.normal(size=200) > 0
+    backbone = ExpFamilyDEQ(3, family="gamma", random_state=0)
+    fitted = DEQClassifier(backbone, random_state=0, max_iter=40).fit(X, label)
+    assert fitted.n_iter_ == 40
+    # The first step of all went astray.
+    assert min(fitted.loss_curve_[:2]) > 0.5
+
+
+def test_parameters_that_went_astray_are_not_the_best():
+    X, label, _ = data("gamma")
+    options = {"early_stopping": True, "batch_size": 400, "learning_rate": 1e2, "max_iter": 6}
+    fitted = classifier("gamma", **options).fit(X, label)
+    before = classifier("gamma", early_stopping=True, max_iter=1, learning_rate=1e-9)
+    np.testing.assert_allclose(
+        fitted.predict_proba(X), before.fit(X, label).predict_proba(X), atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("canonical_map", ["tanh", "relu"])
 def test_predicts_with_the_network_that_was_trained(canonical_map):
     X = 2 * sample("gaussian", n=100)
