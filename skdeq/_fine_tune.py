@@ -168,6 +168,11 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
         -------
         self : DEQClassifier
             The updated estimator.
+
+        Raises
+        ------
+        ValueError
+            If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
         with stream_batch(self), fitting as progress, parallel_chunks():
@@ -307,6 +312,11 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         -------
         self : DEQRegressor
             The updated estimator.
+
+        Raises
+        ------
+        ValueError
+            If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
         with stream_batch(self), fitting as progress, parallel_chunks():

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, train_test_split
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
-from skdeq.families import Binomial
+from skdeq.families import Binomial, Poisson
 
 # Training that is cut short on purpose says so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -371,6 +371,57 @@ def test_warm_start_begins_anew_where_the_parameters_ask_for_another_model():
     assert fitted.fit(X[:, :8], label).backbone_.n_features_in_ == 8
     with pytest.raises(ValueError, match="are not those of the first call"):
         fitted.partial_fit(X[:, :8], label, classes=["a", "b"])
+
+
+OTHER_MODELS = {
+    "head_layer_sizes": (5,),
+    "backbone__n_components": 3,
+    "backbone__family": "gaussian",
+    "backbone__canonical_map": "tanh",
+    "backbone__hidden_layer_sizes": (4,),
+    "backbone__hidden_map": "relu",
+    "backbone__loadings": "conv2d",
+    "backbone__image_shape": (3, 4),
+    "backbone__kernel_size": 3,
+    "backbone__stride": 2,
+    "backbone__exposure": "total",
+    "backbone__alpha": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_stream_that_is_asked_for_another_model_is_refused(name):
+    X, label, number = data(n=60)
+    for make, y, first in (
+        (classifier, label, {"classes": np.unique(label)}),
+        (regressor, number, {}),
+    ):
+        stream = make().partial_fit(X, y, **first).set_params(**{name: OTHER_MODELS[name]})
+        before = dict(vars(stream))
+        with pytest.raises(
+            ValueError, match=f"^{name}=.*, but partial_fit goes on with the model"
+        ):
+            stream.partial_fit(X, y)
+        assert vars(stream) == before
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_warm_start_begins_anew_with_another_architecture(name):
+    X, label, _ = data(n=60)
+    fitted = classifier(warm_start=True, max_iter=1).fit(X, label)
+    if name == "backbone__loadings":
+        fitted.set_params(backbone__image_shape=(3, 4), backbone__kernel_size=3)
+    fitted.set_params(**{name: OTHER_MODELS[name]}).fit(X, label)
+    anew = clone(fitted).fit(X, label)
+    np.testing.assert_array_equal(fitted.predict_proba(X), anew.predict_proba(X))
+
+
+def test_the_same_model_in_other_words_goes_on():
+    X, label, _ = data(n=60)
+    stream = classifier(head_layer_sizes=[20]).partial_fit(X, label, classes=np.unique(label))
+    same = ExpFamilyDEQ(2, family=Poisson(), hidden_layer_sizes=[], alpha=1)
+    stream.set_params(backbone=same, head_layer_sizes=(20,)).partial_fit(X, label)
+    assert stream.n_iter_ == 2
 
 
 def test_failures_and_shallow_copies_leave_the_backbone_alone():
