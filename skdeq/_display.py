@@ -76,6 +76,11 @@ def fitted_step(estimator, attributes: Sequence[str], display: str, accepted: st
         for inside in ("best_estimator_", "backbone_")
         if serves(getattr(step, inside, None))
     ]
+    if "explained_deviance_ratio_" in attributes and hasattr(step, "loadings_"):
+        advice.append(
+            " Fine-tuning changed what its components explain, and does not measure it anew: "
+            "pass the backbone as it was fitted before."
+        )
     if step is not estimator and len(estimator) > 1 and serves(estimator[-2]):
         advice.append(" Pass the steps before it, pipeline[:-1].")
     raise ValueError(f"{needs} {given}, which has no {' or '.join(attributes)}.{''.join(advice)}")
@@ -90,7 +95,9 @@ def explained_ratio(step) -> tuple[np.ndarray, str] | None:
     return None
 
 
-def check_component_indices(indices, n_components: int) -> np.ndarray:
+def check_component_indices(
+    indices, n_components: int, name: str = "component_indices"
+) -> np.ndarray:
     """Component indices as integers; None stands for all of them.
 
     Raises
@@ -104,7 +111,7 @@ def check_component_indices(indices, n_components: int) -> np.ndarray:
     whole = checked.ndim == 1 and checked.size and np.issubdtype(checked.dtype, np.integer)
     if not (whole and 0 <= checked.min() and checked.max() < n_components):
         raise ValueError(
-            f"component_indices must be integers from 0 to {n_components - 1}, as there are "
+            f"{name} must be integers from 0 to {n_components - 1}, as there are "
             f"{n_components} components; got {indices!r}."
         )
     return checked

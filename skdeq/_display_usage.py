@@ -13,6 +13,7 @@ from skdeq._display import (
     LINE_COLOR,
     MISSING_COLOR,
     PALETTE,
+    check_component_indices,
     check_table,
     divide_axes,
     fitted_step,
@@ -212,7 +213,8 @@ class ComponentUsageDisplay:
         Raises
         ------
         ValueError
-            If the activations are not a table of at least two rows of finite numbers.
+            If the activations are not a table of at least two rows of finite numbers, or if a
+            dead component is none of theirs.
         """
         check_matplotlib_support(f"{cls.__name__}.from_predictions")
         activations = check_table(activations, "activations").astype(float)
@@ -263,6 +265,11 @@ class ComponentUsageDisplay:
         -------
         ComponentUsageDisplay
             The display itself.
+
+        Raises
+        ------
+        ValueError
+            If there is no such kind, or if a dead component is none of those there are.
         """
         check_matplotlib_support(f"{type(self).__name__}.plot")
         if kind not in _KINDS:
@@ -272,17 +279,25 @@ class ComponentUsageDisplay:
             "active": self.active_share,
             "responsibility": self.responsibility,
         }
+        dead = self._dead()
         self.bounding_ax_, self.axes_ = divide_axes(ax, 2, 2, (10, 4), width_ratios=(1.3, 1))
         self.figure_ = self.axes_[0].figure
-        self._plot_usage(self.axes_[0], np.asarray(values[kind]), kind, bar_kwargs)
+        self._plot_usage(self.axes_[0], np.asarray(values[kind]), dead, kind, bar_kwargs)
         self._plot_correlation(self.axes_[1], image_kwargs)
         return self
 
-    def _plot_usage(self, ax, usage, kind, bar_kwargs) -> None:
+    def _dead(self) -> np.ndarray:
+        """Validate the indices of the dead components, of which there may be none."""
+        if self.dead_components is None or not np.size(self.dead_components):
+            return np.empty(0, dtype=int)
+        n_components = np.size(self.mean_activation)
+        return check_component_indices(self.dead_components, n_components, "dead_components")
+
+    def _plot_usage(self, ax, usage, dead, kind, bar_kwargs) -> None:
         from matplotlib.patches import Rectangle
         from matplotlib.ticker import MaxNLocator
 
-        place, dead = np.arange(len(usage)), np.asarray(self.dead_components, dtype=int)
+        place = np.arange(len(usage))
         options = style(Rectangle, {"color": PALETTE[0]}, bar_kwargs)
         self.bars_ = ax.bar(place, usage, **options)
         self.dead_marks_ = self.equal_line_ = None

@@ -77,16 +77,29 @@ class EncoderTrace:
     diverged: bool = False
 
 
-def start_weights(n_components: int, p: int, generator: torch.Generator) -> Tensor:
+def start_weights(n_components: int, varying: Tensor, generator: torch.Generator) -> Tensor:
     """Random orthogonal weights (K, p + 1) for preconditioned rows, float64.
 
     As many as there are inputs are orthogonal to each other; from directions that overlap at
     random the probe accuracy on MNIST varies twice as much from seed to seed.
+
+    Parameters
+    ----------
+    n_components : int
+    varying : Tensor of shape (p,), bool
+        Features that are not the same in all rows; the others get no weight.
+    generator : torch.Generator
     """
-    weights = torch.empty(n_components, p + 1, dtype=torch.float64)
+    n_inputs = len(varying) + 1
+    weights = torch.empty(n_components, n_inputs, dtype=torch.float64)
     torch.nn.init.orthogonal_(weights, generator=generator)
-    length = _START * ((p + 1) / SQUARED_NORM) ** 0.5
-    return torch.nn.functional.normalize(weights, dim=1) * length
+    length = _START * (n_inputs / SQUARED_NORM) ** 0.5
+    weights = torch.nn.functional.normalize(weights, dim=1) * length
+    # The weight of a feature that is zero once centred has no gradient and would stay as drawn:
+    # an offset of the rows as they come that the bias takes off again, with all the digits that
+    # a large value costs.
+    weights[:, :-1] *= varying
+    return weights
 
 
 def _adam(weights: Tensor, options: EncoderOptions) -> torch.optim.Optimizer:
@@ -251,7 +264,7 @@ class EncoderTrainer:
             if stop or (options.tol > 0 and quiet >= _PATIENCE):
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
-                self.revive(rows.p, generator)
+                self.revive(generator)
         return trace
 
     def fit_once(self, sample_weight: Tensor | None, trace: EncoderTrace) -> EncoderTrace:
@@ -283,12 +296,13 @@ class EncoderTrainer:
             self.run.forget()
         trace.diverged = True
 
-    def revive(self, p: int, generator: torch.Generator) -> None:
+    def revive(self, generator: torch.Generator) -> None:
         """Give the components that were dead in the last epoch new weights, at random."""
         dead = (self.variance < DEAD_VARIANCE).nonzero().squeeze(1)
         if not len(dead):
             return
-        self.weights[dead] = start_weights(len(dead), p, generator).to(self.weights)
+        start = start_weights(len(dead), self.rows.varying, generator)
+        self.weights[dead] = start.to(self.weights)
         for value in self._state().values():
             if value.shape == self.weights.shape:
                 value[dead] = 0

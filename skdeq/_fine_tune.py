@@ -95,7 +95,7 @@ _ATTRIBUTES = """
     intercepts_ : list of ndarray of shape (n_out,)
         Their biases.
     loss_curve_ : list of float
-        Mean loss of each epoch.
+        Mean loss of each epoch; infinite if all of its steps were taken back.
     validation_scores_ : list of float or None
         Score on the rows held out after each epoch, with ``early_stopping=True``.
     n_iter_ : int
@@ -168,6 +168,11 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
         -------
         self : DEQClassifier
             The updated estimator.
+
+        Raises
+        ------
+        ValueError
+            If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
         with stream_batch(self), fitting as progress, parallel_chunks():
@@ -307,6 +312,11 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         -------
         self : DEQRegressor
             The updated estimator.
+
+        Raises
+        ------
+        ValueError
+            If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
         with stream_batch(self), fitting as progress, parallel_chunks():

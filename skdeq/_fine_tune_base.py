@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from typing import Any, Self
@@ -25,7 +25,7 @@ from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights
-from skdeq.families import get_family
+from skdeq.families import get_canonical_map, get_family
 
 __all__ = ["FineTuned", "ScoredOnHost"]
 
@@ -60,6 +60,27 @@ class ScoredOnHost:
 # than frozen (gamma data of rank 2: 0.82 of the labels right, frozen 0.90, a third 0.94), and a
 # tenth takes long to gain anything (digits, k = 6, 30 epochs: 0.88; a third 0.89, as fast 0.91).
 _SLOWER = 3
+
+
+def _as_tuple(value) -> tuple:
+    """Return one value, or several in whichever kind of sequence, as a tuple."""
+    return tuple(np.ravel(value).tolist())
+
+
+# What of the backbone another model begins with, and as what it is compared.
+_OF_THE_MODEL: dict[str, Callable] = {
+    "n_components": _as_tuple,
+    "family": get_family,
+    "canonical_map": get_canonical_map,
+    "hidden_layer_sizes": _as_tuple,
+    "hidden_map": get_canonical_map,
+    "loadings": _as_tuple,
+    "image_shape": _as_tuple,
+    "kernel_size": _as_tuple,
+    "stride": _as_tuple,
+    "exposure": _as_tuple,
+    "alpha": _as_tuple,
+}
 
 
 class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
@@ -179,6 +200,13 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
         if going_on:
             check_stream_type(X, self.coefs_[0])
+            changes = self._changes()
+            if changes:
+                name, (asked, there) = changes.popitem()
+                raise ValueError(
+                    f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
+                    f"{name}={there!r}; call fit to start anew."
+                )
         if not going_on and labels is None:
             self._learn_targets(y, sample_weight)
         elif not going_on:
@@ -214,15 +242,24 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         """Whether what is fitted has the shapes and the law that the parameters ask for."""
         if not hasattr(self, "coefs_"):
             return False
-        asked, there = self._backbone(), self.backbone_
-        laws = ("n_components", "family", "canonical_map", "exposure", "alpha")
-        sizes = [coef.shape[1] for coef in self.coefs_[:-1]]
-        return (
-            all(getattr(asked, name) == getattr(there, name) for name in laws)
-            and there.n_features_in_ == n_features
-            and sizes == list(self.head_layer_sizes)
-            and self._knows(y)
-        )
+        same_columns = self.backbone_.n_features_in_ == n_features
+        return same_columns and not self._changes() and self._knows(y)
+
+    def _changes(self) -> dict[str, tuple[Any, Any]]:
+        """Parameters that ask for another model than is fitted: what they are, and were."""
+        pairs = {
+            name: (getattr(self._backbone(), name), getattr(self.backbone_, name))
+            for name in _OF_THE_MODEL
+        }
+        changes = {
+            f"backbone__{name}": pair
+            for name, pair in pairs.items()
+            if _OF_THE_MODEL[name](pair[0]) != _OF_THE_MODEL[name](pair[1])
+        }
+        sizes = tuple(self.head_layer_sizes), tuple(coef.shape[1] for coef in self.coefs_[:-1])
+        if sizes[0] != sizes[1]:
+            changes["head_layer_sizes"] = sizes
+        return changes
 
     def _backbone(self) -> ExpFamilyDEQ:
         return ExpFamilyDEQ() if self.backbone is None else self.backbone

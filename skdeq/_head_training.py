@@ -1,7 +1,9 @@
 """Training of a head on the equilibrium layer, and of the layer with it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,11 +207,12 @@ class HeadTrainer:
         return max(self.options.batch_size, 1024)
 
     def _epoch(self, order: Tensor) -> float:
-        """Take one step for each minibatch; return the mean loss."""
+        """Take one step for each minibatch; return the mean loss of those that were taken."""
         count = -(-len(order) // self.options.batch_size)
         weight = self._sample_weight
         total: Any = float(len(order)) if weight is None else weight[order].sum()
         summed = 0.0
+        taken: Any = 0.0
         for index in order.tensor_split(count):
             loss = self._gradient(index, count / total)
             if loss is None:
@@ -219,13 +222,17 @@ class HeadTrainer:
                 kept.copy_(parameter.detach())
             self.optimiser.step()
             summed += loss
+            taken += len(index) if weight is None else weight[index].sum()
         self._last_batch = index
-        return summed / float(total)
+        # Rows without a loss must not make that of the others look smaller.
+        return summed / float(taken) if taken else np.inf
 
-    def _check_last_step(self) -> None:
-        """Take the last step of all back if it went astray; those before were looked at."""
-        if self._gradient(self._last_batch, 1.0) is None:
+    def _check_last_step(self) -> bool:
+        """Take the last step of all back if it went astray; return whether it did not."""
+        good = self._gradient(self._last_batch, 1.0) is not None
+        if not good:
             self._take_back()
+        return good
 
     def _gradient(self, index: Tensor, factor: float) -> float | None:
         """Compute loss and gradients of some rows; return the loss, None if any is no number."""
@@ -278,7 +285,8 @@ class HeadTrainer:
         bool
         """
         options = self.options
-        best, kept, quiet = -np.inf, None, 0
+        best, quiet = -np.inf, 0
+        kept: list[Tensor] | None = None
         places = torch.from_numpy(rows)
         for _ in range(options.max_iter):
             progress.begin()
@@ -290,21 +298,40 @@ class HeadTrainer:
             merit = -loss
             if score is not None:
                 merit = score()
+                # Only the next gradient shows whether the last step went astray, and what did
+                # is not to be kept, however high it scores.
+                if merit > best and not self._check_last_step():
+                    merit = score()
                 self.scores.append(merit)
-            stop = progress.end(loss, lambda: self, score=None if score is None else merit)
             quiet = 0 if merit > best + options.tol else quiet + 1
             if merit > best:
                 best = merit
                 if score is not None:
                     kept = [parameter.detach().clone() for parameter in self._parameters]
+            stop = progress.end(
+                loss, partial(self._ended, kept), score=None if score is None else merit
+            )
             if stop or quiet >= options.n_iter_no_change:
                 break
+        self._end(kept)
+        return quiet >= options.n_iter_no_change
+
+    def _end(self, kept: list[Tensor] | None) -> None:
+        """End the training, with the parameters that were kept if there are such."""
         self._check_last_step()
         if kept is not None:
             with torch.no_grad():
                 for parameter, value in zip(self._parameters, kept, strict=True):
                     parameter.copy_(value)
-        return quiet >= options.n_iter_no_change
+
+    def _ended(self, kept: list[Tensor] | None) -> "HeadTrainer":
+        """Copy of this trainer whose training has ended here, while that of this one goes on."""
+        generator = torch.Generator()
+        generator.set_state(self.generator.get_state())
+        # The data are only read; and not every torch can copy a generator.
+        ended = copy.deepcopy(self, {id(self.rows): self.rows, id(self.generator): generator})
+        ended._end(kept)
+        return ended
 
     def head_arrays(self) -> Head:
         """Return the head as trained."""

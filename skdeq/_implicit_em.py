@@ -151,7 +151,7 @@ class ImplicitEMEncoder(
     Attributes
     ----------
     components_ : ndarray of shape (n_components, n_features)
-        Weights w, for rows as they come.
+        Weights w, for rows as they come; zero for features that never varied in training.
     intercept_ : ndarray of shape (n_components,)
         Biases b.
     loss_curve_ : list of float
@@ -302,7 +302,7 @@ class ImplicitEMEncoder(
                     to_tensor(self.components_), to_tensor(self.intercept_)
                 )
             else:
-                start = start_weights(*shape, generator)
+                start = start_weights(self.n_components, preconditioner.varying, generator)
             dtype = numpy_dtype(X)
             trainer = self._trainer(rows, device, preconditioner, start, dtype)
 
@@ -357,7 +357,7 @@ class ImplicitEMEncoder(
             if first:
                 preconditioner = fit_preconditioner(rows, weight)
                 generator = seeded_generator(self.random_state)
-                start = start_weights(self.n_components, X.shape[1], generator)
+                start = start_weights(self.n_components, preconditioner.varying, generator)
                 past, state = EncoderTrace(), None
             else:
                 check_stream_type(X, self.components_)
@@ -366,8 +366,10 @@ class ImplicitEMEncoder(
                         f"n_components={self.n_components}, but partial_fit goes on with the "
                         f"{len(self.components_)} components there are; call fit to start anew."
                     )
-                preconditioner = Preconditioner(to_tensor(self._location), self._scale)
                 start = to_tensor(self._weights)
+                preconditioner = Preconditioner(
+                    to_tensor(self._location), self._scale, start[:, :-1].any(0)
+                )
                 past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
                 state = self._solver_state
             trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))

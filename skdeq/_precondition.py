@@ -43,15 +43,18 @@ class Preconditioner:
     Attributes
     ----------
     location : Tensor of shape (p,), float64
-        Mean of each feature.
+        Mean of each feature; of one that does not vary the very value it has.
     scale : float
         Positive; what the centred rows are divided by.
+    varying : Tensor of shape (p,), bool
+        Features that are not the same in all rows.
     constant : float
         The input whose weight is the bias.
     """
 
     location: Tensor
     scale: float
+    varying: Tensor
     constant: float = _SQUARED_CONSTANT**0.5
 
     def fold(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,21 +106,27 @@ def fit_preconditioner(
     map_chunks(work, n, size, shift.device)
     total = float(n) if sample_weight is None else float(sample_weight.double().sum())
     first, second = sums.sum(1) / total
-    spread = float((second - first.square()).clamp_min(0).sum())
-    location = (shift + first).cpu()
-    # Constant columns leave rounding, not spread.
-    noise = torch.finfo(torch.float64).eps * float(location.square().sum())
+    variance = (second - first.square()).clamp_min(0)
+    # The point is off a constant column by the rounding of a mean, a few eps of its value, and
+    # nearly all of the square of that is subtracted again: what is left is less than the square
+    # of one eps. What varies by no more than that is the rounding of whoever made the data. Each
+    # column has a bound of its own, since a far one says nothing about the others.
+    limit = torch.finfo(torch.float64).eps * (shift + first).abs()
+    constant = variance.sqrt() <= limit
+    # Not the mean, whose rounding would be an input that never changes.
+    location = torch.where(constant, head[0].double(), shift + first).cpu()
+    spread = float(variance[~constant].sum())
     scale = (spread / SQUARED_NORM) ** 0.5
-    if spread <= noise < torch.inf:
+    if bool(constant.all()):
         scale = 1.0
-    if spread == 0 and bool((head != head[:1]).any()):
+    if not bool(variance.any()) and bool((head != head[:1]).any()):
         scale = 0.0  # the squares are below the least number
     if not _SCALES[0] < scale < _SCALES[1]:
         raise ValueError(
             f"The rows of X have a root mean square distance of {spread**0.5:.1e} from their "
             "mean, too far from one to compute with; rescale X."
         )
-    return Preconditioner(location, scale)
+    return Preconditioner(location, scale, ~constant.cpu())
 
 
 class RowBatches:
@@ -140,6 +149,8 @@ class RowBatches:
     ----------
     home : torch.device
         Where the data lie, and where indices into them are wanted.
+    varying : Tensor of shape (p,), bool
+        Features that are not the same in all rows, on the host.
     """
 
     def __init__(
@@ -152,6 +163,7 @@ class RowBatches:
         self.values: Any = values
         self.sparse = isinstance(values, CompressedRows)
         self.n_rows, self.p = values.shape
+        self.varying = preconditioner.varying
         self.device, self.home = device, values.device
         self._away = is_away(values, device)
         self._location = preconditioner.location.to(self.device, dtype)

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, train_test_split
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
-from skdeq.families import Binomial
+from skdeq.families import Binomial, Poisson
 
 # Training that is cut short on purpose says so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -330,6 +330,39 @@ def test_steps_that_go_astray_are_taken_back_with_a_warning(family):
     assert fitted.backbone_.map_latents(X).converged.mean() > 0.9
 
 
+def test_loss_of_an_epoch_is_that_of_the_batches_that_were_taken():
+    X, label, _ = data("gamma")
+    fitted = classifier("gamma", learning_rate=1e2, batch_size=200, max_iter=8).fit(X, label)
+    even = np.log(2)
+    losses = np.array(fitted.loss_curve_)
+    # Steps this long are all taken back: what is left is the head as drawn, which knows nothing.
+    assert (losses > 0.9 * even).all()
+    nothing = classifier("gamma", learning_rate=1e6, batch_size=400, max_iter=4).fit(X, label)
+    assert np.isinf(nothing.loss_curve_).any()
+
+
+def test_steps_that_are_taken_back_do_not_end_the_training():
+    rng = np.random.default_rng(0)
+    Z = rng.normal(size=(200, 3))
+    X = rng.poisson(np.exp(0.6 * Z @ rng.normal(size=(3, 10)))) + 0.1
+    label = Z[:, 0] + 0.7 * rng.normal(size=200) > 0
+    backbone = ExpFamilyDEQ(3, family="gamma", random_state=0)
+    fitted = DEQClassifier(backbone, random_state=0, max_iter=40).fit(X, label)
+    assert fitted.n_iter_ == 40
+    # The first step of all went astray.
+    assert min(fitted.loss_curve_[:2]) > 0.5
+
+
+def test_parameters_that_went_astray_are_not_the_best():
+    X, label, _ = data("gamma")
+    options = {"early_stopping": True, "batch_size": 400, "learning_rate": 1e2, "max_iter": 6}
+    fitted = classifier("gamma", **options).fit(X, label)
+    before = classifier("gamma", early_stopping=True, max_iter=1, learning_rate=1e-9)
+    np.testing.assert_allclose(
+        fitted.predict_proba(X), before.fit(X, label).predict_proba(X), atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("canonical_map", ["tanh", "relu"])
 def test_predicts_with_the_network_that_was_trained(canonical_map):
     X = 2 * sample("gaussian", n=100)
@@ -351,6 +384,57 @@ def test_warm_start_begins_anew_where_the_parameters_ask_for_another_model():
     assert fitted.fit(X[:, :8], label).backbone_.n_features_in_ == 8
     with pytest.raises(ValueError, match="are not those of the first call"):
         fitted.partial_fit(X[:, :8], label, classes=["a", "b"])
+
+
+OTHER_MODELS = {
+    "head_layer_sizes": (5,),
+    "backbone__n_components": 3,
+    "backbone__family": "gaussian",
+    "backbone__canonical_map": "tanh",
+    "backbone__hidden_layer_sizes": (4,),
+    "backbone__hidden_map": "relu",
+    "backbone__loadings": "conv2d",
+    "backbone__image_shape": (3, 4),
+    "backbone__kernel_size": 3,
+    "backbone__stride": 2,
+    "backbone__exposure": "total",
+    "backbone__alpha": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_stream_that_is_asked_for_another_model_is_refused(name):
+    X, label, number = data(n=60)
+    for make, y, first in (
+        (classifier, label, {"classes": np.unique(label)}),
+        (regressor, number, {}),
+    ):
+        stream = make().partial_fit(X, y, **first).set_params(**{name: OTHER_MODELS[name]})
+        before = dict(vars(stream))
+        with pytest.raises(
+            ValueError, match=f"^{name}=.*, but partial_fit goes on with the model"
+        ):
+            stream.partial_fit(X, y)
+        assert vars(stream) == before
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_warm_start_begins_anew_with_another_architecture(name):
+    X, label, _ = data(n=60)
+    fitted = classifier(warm_start=True, max_iter=1).fit(X, label)
+    if name == "backbone__loadings":
+        fitted.set_params(backbone__image_shape=(3, 4), backbone__kernel_size=3)
+    fitted.set_params(**{name: OTHER_MODELS[name]}).fit(X, label)
+    anew = clone(fitted).fit(X, label)
+    np.testing.assert_array_equal(fitted.predict_proba(X), anew.predict_proba(X))
+
+
+def test_the_same_model_in_other_words_goes_on():
+    X, label, _ = data(n=60)
+    stream = classifier(head_layer_sizes=[20]).partial_fit(X, label, classes=np.unique(label))
+    same = ExpFamilyDEQ(2, family=Poisson(), hidden_layer_sizes=[], alpha=1)
+    stream.set_params(backbone=same, head_layer_sizes=(20,)).partial_fit(X, label)
+    assert stream.n_iter_ == 2
 
 
 def test_failures_and_shallow_copies_leave_the_backbone_alone():

@@ -66,7 +66,7 @@ def test_training_is_that_of_a_plain_autograd_loop(solver, redundancy):
     generator = torch.Generator().manual_seed(int(seed))
     rows = torch.from_numpy(X)
     preconditioner = fit_preconditioner(rows, None)
-    layer = start_weights(16, 64, generator).requires_grad_()
+    layer = start_weights(16, preconditioner.varying, generator).requires_grad_()
     constant = 13**0.5
     inputs = (rows - rows.mean(0)) / preconditioner.scale
     inputs = torch.cat([inputs, torch.full((301, 1), constant, dtype=torch.float64)], dim=1)
@@ -155,6 +155,85 @@ def test_any_scale_and_location_give_the_same_features(scale, shift, dtype):
     # float32 keeps 4 of the digits at an origin 1e4 away from data of unit spread.
     tolerance = 1e-6 if dtype == np.float64 else 1e-3 * (1 + shift / 100)
     np.testing.assert_allclose(codes, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "tolerance"),
+    # float64 keeps 8 of the digits of data of unit spread at 1e8, 4 at 1e12.
+    [(1, 1e8, 1e-6), (1e-3, 1e5, 1e-6), (1, 1e12, 1e-2)],
+)
+def test_data_far_from_the_origin_give_the_same_features(scale, shift, tolerance):
+    X = digits(600)
+    expected = encoder().fit(X).transform(X)
+    other = X * scale + shift
+    fitted = encoder().fit(other)
+    error = np.abs(fitted.transform(other) - expected).max()
+    assert error < tolerance * np.abs(expected).max()
+
+
+def with_column(X, value):
+    """X with a constant column beside, in its own type."""
+    return np.hstack([X, np.full((len(X), 1), value, X.dtype)])
+
+
+@pytest.mark.parametrize(
+    ("scale", "value"), [(1, 0.1), (1, 1.7e9), (1e-3, 1.7e9), (1e5, 1.7e14), (1, 1.7e18)]
+)
+def test_constant_column_beside_changes_nothing(scale, value):
+    X = digits(600) * scale
+    zero, beside = with_column(X, 0.0), with_column(X, value)
+    expected = encoder().fit(zero)
+    fitted = encoder().fit(beside)
+    assert fitted._scale == expected._scale
+    np.testing.assert_allclose(fitted.transform(beside), expected.transform(zero), atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize("value", [0.1, 1e6, 1e8])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_constant_column_costs_float32_no_digits(layout, value, weighted):
+    X = digits(300).astype(np.float32)
+    weight = np.random.default_rng(0).uniform(0.5, 2, size=300) if weighted else None
+    zero, beside = layout(with_column(X, 0.0)), layout(with_column(X, value))
+    expected, fitted = encoder(warm_start=True), encoder(warm_start=True)
+
+    def check_equal():
+        assert not fitted.components_[:, -1].any()
+        np.testing.assert_allclose(fitted.transform(beside), expected.transform(zero), atol=1e-4)
+        np.testing.assert_allclose(fitted.score(beside), expected.score(zero), rtol=1e-5)
+
+    for _ in range(2):
+        expected.fit(zero, sample_weight=weight)
+        fitted.fit(beside, sample_weight=weight)
+        check_equal()
+    expected.partial_fit(zero, sample_weight=weight)
+    fitted.partial_fit(beside, sample_weight=weight)
+    check_equal()
+    revived = encoder(64, revive_dead=True, lse_weight=1000.0, solver="adam").fit(beside)
+    assert not revived.components_[:, -1].any()
+
+
+def test_column_that_varies_later_in_a_stream_is_learned():
+    X = digits(600)
+    late = with_column(X, 5.0)
+    late[300:, -1] += 10 * (X[300:, 20] > 8)
+    stream = encoder().partial_fit(late[:300])
+    assert not stream.components_[:, -1].any()
+    for _ in range(5):
+        stream.partial_fit(late[300:])
+    assert stream.components_[:, -1].all()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-200, 1.7e9, 1e150])
+@pytest.mark.parametrize("n", [2, 50, 5000])
+def test_rows_that_are_all_alike_have_no_scale(value, n):
+    rows = np.full((n, 3), value)
+    fitted = fit_preconditioner(torch.from_numpy(rows), None)
+    assert fitted.scale == 1.0 and not fitted.varying.any()
+    np.testing.assert_array_equal(fitted.location, rows[0])
+    weight = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 0.1
+    single = torch.from_numpy(rows.clip(0, 1e30).astype(np.float32))
+    assert fit_preconditioner(single, weight).scale == 1.0
 
 
 AWKWARD = {

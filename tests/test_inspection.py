@@ -666,6 +666,15 @@ def test_dead_components_are_marked(digits, encoder):
     np.testing.assert_array_equal(again.dead_components, dead)
 
 
+@pytest.mark.parametrize("dead", [[9], [-1], [0.5], [[1]], [True]])
+def test_dead_components_that_are_none_are_refused(dead):
+    activations = np.random.default_rng(0).normal(size=(20, 5))
+    with pytest.raises(ValueError, match="dead_components must be integers from 0 to 4, as there"):
+        ComponentUsageDisplay.from_predictions(activations, dead_components=dead)
+    display = ComponentUsageDisplay.from_predictions(activations, dead_components=[])
+    assert display.dead_marks_ is None
+
+
 def test_a_constant_component_has_no_correlation():
     activations = np.random.default_rng(0).random((50, 3))
     activations[:, 1] = 0.1
@@ -831,7 +840,8 @@ def test_a_refitted_backbone_has_no_share(counts):
     classifier = DEQClassifier(backbone, **options).fit(counts, y)
     display = LatentMapDisplay.from_estimator(classifier.backbone_, counts)
     assert display.ax_.get_xlabel() == "Component 0"
-    with pytest.raises(ValueError, match="got ExpFamilyDEQ, which has no explained_deviance"):
+    reason = "got ExpFamilyDEQ, which has no explained_deviance.*Fine-tuning changed what"
+    with pytest.raises(ValueError, match=reason):
         ExplainedDevianceDisplay.from_estimator(classifier.backbone_)
 
 

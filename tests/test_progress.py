@@ -164,13 +164,33 @@ def test_fitted_estimator_of_a_callback_is_a_fit_that_ends_there(name):
     for number in (1, 3, 6):
         snapshot = snapshots[number - 1]
         assert snapshot.n_iter_ == len(snapshot.loss_curve_) == number
-        if name in ("adam", "deep", "regressor"):
-            # The schedule of the steps and the best epoch depend on max_iter and on the rest.
+        if name in ("adam", "deep"):
+            # The schedule of the steps depends on max_iter.
             assert np.isfinite(result(snapshot, X)).all()
             continue
         shorter = MAKE[name](tol=0).set_params(max_iter=number).fit(X, y)
         np.testing.assert_allclose(result(snapshot, X), result(shorter, X), atol=1e-6)
         assert snapshot.loss_curve_ == shorter.loss_curve_
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fitted_estimator_of_a_callback_has_the_best_parameters_so_far(dropout):
+    pytest.importorskip("sklearn.callback")
+    X, y = data("classifier")
+    options = {"early_stopping": True, "tol": 0, "learning_rate": 0.1, "dropout": dropout}
+    recorder = Recorder()
+    MAKE["classifier"](**options).set_callbacks(recorder).fit(X, y)
+    snapshots = [one for one in recorder.fitted if one is not None][:-1]
+    scores = snapshots[-1].validation_scores_
+    assert int(np.argmax(scores)) < 5, "the last epoch must not be the best"
+    for number, snapshot in enumerate(snapshots, start=1):
+        shorter = MAKE["classifier"](**options).set_params(max_iter=number).fit(X, y)
+        assert snapshot.validation_scores_ == shorter.validation_scores_
+        np.testing.assert_allclose(snapshot.predict_proba(X), shorter.predict_proba(X), atol=1e-8)
+        # The state of the solver belongs to it, too.
+        for each in (snapshot, shorter):
+            each.partial_fit(X, y)
+        np.testing.assert_allclose(snapshot.predict_proba(X), shorter.predict_proba(X), atol=1e-8)
 
 
 @every_estimator

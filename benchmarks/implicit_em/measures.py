@@ -55,7 +55,8 @@ def rows_as_they_come():
     """Let fits in this context take rows as they come, with a bias as of torch.nn.Linear."""
 
     def leave(rows, sample_weight):
-        return Preconditioner(torch.zeros(rows.shape[1], dtype=torch.float64), 1.0, 1.0)
+        zero = torch.zeros(rows.shape[1], dtype=torch.float64)
+        return Preconditioner(zero, 1.0, torch.ones_like(zero, dtype=torch.bool), 1.0)
 
     return mock.patch("skdeq._implicit_em.fit_preconditioner", leave)
 

@@ -44,8 +44,9 @@ def fits_table(mnist, options):
 def training_loop(X):
     """Return the trainer that `fit` with the defaults makes."""
     rows = torch.from_numpy(X)
-    start = start_weights(N_COMPONENTS, X.shape[1], torch.Generator().manual_seed(0))
     preconditioner = fit_preconditioner(rows, None)
+    generator = torch.Generator().manual_seed(0)
+    start = start_weights(N_COMPONENTS, preconditioner.varying, generator)
     return encoder(0)._trainer(rows, rows.device, preconditioner, start, X.dtype)
 
 
