@@ -86,7 +86,7 @@ def warn_of_ends(X, family: Family) -> None:
                 f"Column {columns[0]} of X is {end:g} wherever it is observed ({len(columns)} "
                 f"such columns in all). There the density of {family.base!r} grows without "
                 "bound, and the intercept, the objective and score with it: drop such columns, "
-                "or use family='bernoulli'.",
+                f"clip X to values short of {end:g}, or use family='bernoulli'.",
                 UserWarning,
                 stacklevel=5,
             )
