@@ -149,8 +149,10 @@ class _Look:
         self.decrement = (self.gradient * self.step).sum(1)
         # The terms of a gradient are as inexact as those of the objective; a term of size t, whose
         # variance is of that size as well, with an error of c eps t adds (c eps)^2 t.
-        rounding = problem.rounding(self.objective, z, rows)
-        self._noise = _GRADIENT_ERROR**2 * torch.finfo(z.dtype).eps * rounding
+        noise = problem.rounding(self.objective, z, rows)
+        noise = _GRADIENT_ERROR**2 * torch.finfo(z.dtype).eps * noise
+        # Outside the domain nothing is known.
+        self._noise = torch.where(torch.isfinite(self.objective), noise, 0.0)
         self.residual = self.certified(residual, self.decrement)
 
     def certified(self, residual: Tensor, decrement: Tensor) -> Tensor:
@@ -159,7 +161,9 @@ class _Look:
         In units of a diagonal step an error along a direction that the data say little of is too
         small to be seen, and so is any error of latents that are all far below one.
         """
-        return torch.where(decrement > self._noise, torch.maximum(residual, decrement), 0.0)
+        # A step of zero where the Hessian could not be factorised tells nothing.
+        is_rounding = (decrement > 0) & (decrement <= self._noise)
+        return torch.where(is_rounding, 0.0, torch.maximum(residual, decrement))
 
     def __getitem__(self, index: Tensor) -> "_Look":
         part = copy.copy(self)

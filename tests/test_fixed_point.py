@@ -495,3 +495,19 @@ def test_huge_counts_are_solved_in_float32():
     certificate = model.map_latents(X)
     assert certificate.converged.all()
     assert certificate.n_iter.max() < 10
+
+
+@pytest.mark.parametrize("family", ["gamma", "negative_binomial", "poisson"])
+def test_what_cannot_be_evaluated_is_not_certified(family):
+    problem = make_problem(family)
+    # Far outside the domain, or where the mean overflows.
+    loadings = problem.design
+    towards = torch.linalg.lstsq(loadings, torch.full_like(loadings[:, :1], 1e4)).solution.T
+    start = towards.expand(problem.n_rows, -1).contiguous()
+    assert not torch.isfinite(problem.objective(start, every(problem))).any()
+    result = newton(problem, start, tol=1e-6, max_iter=3)
+    _, gradient, hessian, _ = problem.derivatives(result.value, every(problem))
+    decrement = (gradient * torch.linalg.solve_ex(hessian, gradient)[0]).sum(1)
+    solved = torch.isfinite(decrement) & (decrement < 1e-6)
+    assert (solved | ~result.converged).all()
+    assert not result.converged.all()
