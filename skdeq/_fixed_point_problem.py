@@ -68,6 +68,9 @@ class FixedPointProblem(Protocol):
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error (m,) that rounding may have made in the objectives at ``z``."""
 
+    def relative_rounding(self, z: Tensor) -> Tensor:
+        """Relative error (m,) that rounding may have made in a term of gradients at ``z``."""
+
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient (m, r) and the scaled residual (m,) at ``z``.
 

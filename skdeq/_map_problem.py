@@ -116,9 +116,10 @@ class MapProblem:
         square = design.square().sum(1)
         self._square = self._collect[0] * square
         longest = square.max() if len(square) else square.sum()
+        furthest = square.new_zeros(()) if offset is None or not self.q else offset.abs().max()
         # Read together: each of them makes the host wait for the device.
-        numbers = torch.stack([self._collect[0].sum(), self._square.sum(), longest])
-        self._terms, spread, longest = numbers.tolist()
+        numbers = torch.stack([self._collect[0].sum(), self._square.sum(), longest, furthest])
+        self._terms, spread, longest, self._furthest = numbers.tolist()
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
         # tends to minus infinity) counts as solved instead of being chased for ever.
         self._least = spread / self.r * torch.finfo(design.dtype).eps
@@ -316,11 +317,17 @@ class MapProblem:
     def _ridge(self, z: Tensor) -> Tensor:
         return 0.5 * (z.double().square() @ self.penalty.double())
 
+    def relative_rounding(self, z: Tensor) -> Tensor:
+        """Relative error (m,) that rounding makes in a term of a sum over the design, at most."""
+        # An exponential turns the absolute error of a predictor into a relative one.
+        predictor = z.norm(dim=1) * self._longest + self._furthest
+        return torch.finfo(z.dtype).eps * (8 + predictor)
+
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding is expected to make in the objectives at ``z``, at most."""
         # Of the sums that make it up, which may cancel.
         sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
-        return torch.finfo(z.dtype).eps * (8 * sums + self._terms)
+        return self.relative_rounding(z) * sums + torch.finfo(z.dtype).eps * self._terms
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)

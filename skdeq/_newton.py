@@ -22,8 +22,6 @@ _MAX_CUTS = 40
 # for: as long as each multiplies the Newton decrement by this at most.
 _LEAST_RANK_TO_REPEAT = 40
 _SHRINKAGE = 0.1
-# Relative rounding error of a term of the gradient, in units of eps, at most.
-_GRADIENT_ERROR = 8.0
 
 
 class NewtonSystems:
@@ -147,10 +145,9 @@ class _Look:
         self.systems = NewtonSystems(hessian)
         self.step = self.systems.solve(self.gradient)
         self.decrement = (self.gradient * self.step).sum(1)
-        # The terms of a gradient are as inexact as those of the objective; a term of size t, whose
-        # variance is of that size as well, with an error of c eps t adds (c eps)^2 t.
-        noise = problem.rounding(self.objective, z, rows)
-        noise = _GRADIENT_ERROR**2 * torch.finfo(z.dtype).eps * noise
+        # The terms of a gradient are as inexact as those of the objective: one of size t, whose
+        # variance is of that size as well, with a relative error e adds e^2 t.
+        noise = problem.relative_rounding(z) * problem.rounding(self.objective, z, rows)
         # Outside the domain nothing is known.
         self._noise = torch.where(torch.isfinite(self.objective), noise, 0.0)
         self.residual = self.certified(residual, self.decrement)

@@ -355,7 +355,7 @@ def test_steps_that_are_taken_back_do_not_end_the_training():
 
 def test_parameters_that_went_astray_are_not_the_best():
     X, label, _ = data("gamma")
-    options = {"early_stopping": True, "batch_size": 400, "learning_rate": 1e2, "max_iter": 6}
+    options = {"early_stopping": True, "batch_size": 400, "learning_rate": 1e4, "max_iter": 6}
     fitted = classifier("gamma", **options).fit(X, label)
     before = classifier("gamma", early_stopping=True, max_iter=1, learning_rate=1e-9)
     np.testing.assert_allclose(
