@@ -119,10 +119,11 @@ def _safeguarded(
     gradient: Tensor,
     objective: Tensor,
     rows: Tensor,
+    slack: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take Newton steps, checked where they are not known to be safe; (point, length)."""
     pending = ~problem.is_safe(step, rows)
-    return backtrack(problem, z, step, gradient, objective, rows, pending)
+    return backtrack(problem, z, step, gradient, objective, rows, pending, slack=slack)
 
 
 class _Look:
@@ -136,6 +137,8 @@ class _Look:
         What to subtract from the point.
     decrement : Tensor of shape (m,)
         Squared Newton decrement: twice what the step is expected to gain.
+    rounding : Tensor of shape (m,)
+        Of the objective.
     residual : Tensor of shape (m,)
         Scaled residual, or the squared decrement where that is larger.
     """
@@ -147,7 +150,8 @@ class _Look:
         self.decrement = (self.gradient * self.step).sum(1)
         # The terms of a gradient are as inexact as those of the objective: one of size t, whose
         # variance is of that size as well, with a relative error e adds e^2 t.
-        noise = problem.relative_rounding(z) * problem.rounding(self.objective, z, rows)
+        self.rounding = problem.rounding(self.objective, z, rows)
+        noise = problem.relative_rounding(z) * self.rounding
         # Outside the domain nothing is known.
         self._noise = torch.where(torch.isfinite(self.objective), noise, 0.0)
         self.residual = self.certified(residual, self.decrement)
@@ -165,7 +169,7 @@ class _Look:
     def __getitem__(self, index: Tensor) -> "_Look":
         part = copy.copy(self)
         part.systems = self.systems[index]
-        for name in ("objective", "gradient", "step", "decrement", "_noise", "residual"):
+        for name in vars(self).keys() - {"systems"}:
             setattr(part, name, getattr(self, name)[index])
         return part
 
@@ -179,6 +183,7 @@ def backtrack(
     rows: Tensor,
     pending: Tensor,
     length: Tensor | None = None,
+    slack: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
 
@@ -193,6 +198,8 @@ def backtrack(
         Rows whose step must be checked.
     length : Tensor of shape (m,), optional
         First lengths, 1 by default.
+    slack : Tensor of shape (m,), optional
+        Rounding of the objective, where it is known.
 
     Returns
     -------
@@ -208,7 +215,7 @@ def backtrack(
         return point, length
     slope = (gradient * step).sum(1).double()
     # Rounding of the objective must not be taken for an increase.
-    slack = problem.rounding(objective, start, rows)
+    slack = problem.rounding(objective, start, rows) if slack is None else slack
     for _ in range(_MAX_CUTS):
         if not len(left):
             break
@@ -253,7 +260,9 @@ def newton(
         z = value[rows]
         look = _Look(problem, z, rows)
         # Rows found solved here take the step they have paid for: it squares what error is left.
-        z, length = _safeguarded(problem, z, look.step, look.gradient, look.objective, rows)
+        z, length = _safeguarded(
+            problem, z, look.step, look.gradient, look.objective, rows, look.rounding
+        )
         value[rows], residual[rows] = z, look.residual
         unsolved = look.residual > tol
         n_iter[rows] += unsolved
