@@ -101,7 +101,7 @@ class LatentVariableEstimator(LatentLayout):
                 # Rows without weight take no part in the fit, not even by leaving the domain.
                 kept = np.flatnonzero(sample_weight)
                 X, sample_weight = take_rows(X, kept), sample_weight[kept]
-                check_columns(self, X)
+                check_columns(self, X, "rows of positive weight")
         if reset:
             warn_of_ends(X, family)
         profile = None if reset else self._exposure_profile

@@ -152,8 +152,8 @@ class ExpFamilyDEQ(
 
     tol : float, default=1e-5
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, twice in a row; with "adam" while the steps are still
-        of at least a tenth of `learning_rate`.
+        have gained over the intercept alone, twice in a row. With "adam" the share shrinks with
+        the steps once they are shorter than a tenth of the first.
 
     learning_rate : float, default=0.02
         Step size of "adam", where it falls to zero along a cosine, and of `partial_fit`, where

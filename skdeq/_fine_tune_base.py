@@ -81,6 +81,7 @@ _OF_THE_MODEL: dict[str, Callable] = {
     "exposure": _as_tuple,
     "alpha": _as_tuple,
 }
+_OF_CONVOLUTIONS = ("image_shape", "kernel_size", "stride")
 
 
 class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
@@ -247,9 +248,14 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for another model than is fitted: what they are, and were."""
+        asked = self._backbone()
+        idle = set(_OF_CONVOLUTIONS) if asked.loadings == "dense" else set()
+        if not _as_tuple(asked.hidden_layer_sizes):
+            idle.add("hidden_map")
         pairs = {
-            name: (getattr(self._backbone(), name), getattr(self.backbone_, name))
+            name: (getattr(asked, name), getattr(self.backbone_, name))
             for name in _OF_THE_MODEL
+            if name not in idle
         }
         changes = {
             f"backbone__{name}": pair

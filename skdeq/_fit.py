@@ -35,7 +35,8 @@ _GREEDY = 20
 _LOOSE = 1e-3
 # Loss of an epoch, as a share of what the best one has gained, that sends the fit back to it.
 _ASTRAY = 0.1
-# Share of the first learning rate down to which an epoch without a change tells of convergence.
+# Share of the first learning rate down to which the change of an epoch is held against the
+# tolerance itself, and from which on against a share of it.
 _TELLING = 0.1
 
 
@@ -199,7 +200,7 @@ def fit_minibatches(
     parameters = free_parameters(setting, model)
     optimiser = make_adam(parameters, options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimiser, options.max_iter * max(1, n // size)
+        optimiser, options.max_iter * -(-n // size)
     )
     solved = solve_latents(setting, *model.parameters, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
@@ -237,10 +238,10 @@ def fit_minibatches(
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
         gained = max(trace.null_objective - objective, 0.0)
-        # At the end of the schedule steps are so short that nothing changes wherever they are.
-        telling = schedule.get_last_lr()[0] >= _TELLING * schedule.base_lrs[0]
-        still = abs(last - objective) <= options.tol * gained
-        quiet = quiet + 1 if telling and still else 0
+        # At the end of the schedule steps are so short that little changes wherever they are.
+        share = schedule.get_last_lr()[0] / (_TELLING * schedule.base_lrs[0])
+        still = abs(last - objective) <= options.tol * gained * min(1.0, share)
+        quiet = quiet + 1 if still else 0
         trace.converged = quiet >= 2
         last = objective
         if objective < best[0]:

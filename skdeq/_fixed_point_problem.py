@@ -7,7 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CROWDED", "FixedPointProblem", "FixedPointResult", "effective_tolerance"]
+__all__ = [
+    "CROWDED",
+    "FixedPointProblem",
+    "FixedPointResult",
+    "certified_residual",
+    "effective_tolerance",
+]
 
 # Share of the rows at work beyond which solved ones are not worth taking out.
 CROWDED = 0.8
@@ -22,10 +28,9 @@ class FixedPointResult:
     value : Tensor or ndarray of shape (n_rows, r)
         The solutions.
     residual : Tensor or ndarray of shape (n_rows,)
-        Scaled residual, see :meth:`FixedPointProblem.gradient`, of the returned value, or a bound
-        of it that is within the tolerance. With Newton's method it is that of the point one step
-        before, or the squared Newton decrement there where that is larger, and 0 where both are
-        rounding.
+        Scaled residual or squared Newton decrement, whichever is larger, of the returned value, or
+        a bound of it that is within the tolerance, or, with Newton's method, that of the point one
+        step before. It is 0 where the decrement is no more than rounding makes of it.
     converged : Tensor or ndarray of shape (n_rows,)
         Whether the residual is within the tolerance.
     n_iter : Tensor or ndarray of shape (n_rows,)
@@ -68,9 +73,6 @@ class FixedPointProblem(Protocol):
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error (m,) that rounding may have made in the objectives at ``z``."""
 
-    def relative_rounding(self, z: Tensor) -> Tensor:
-        """Relative error (m,) that rounding may have made in a term of gradients at ``z``."""
-
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient (m, r) and the scaled residual (m,) at ``z``.
 
@@ -92,6 +94,29 @@ class FixedPointProblem(Protocol):
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
         """Where a full Newton step is known to decrease the objective, bool (m,)."""
+
+
+def certified_residual(residual: Tensor, decrement: Tensor, rounding: Tensor) -> Tensor:
+    """Return the larger of residual and squared decrement (m,); 0 where rounding explains it.
+
+    In units of a diagonal step an error along a direction that the data say little of is too small
+    to be seen, and so is any error of latents that are all far below one.
+
+    Parameters
+    ----------
+    residual : Tensor of shape (m,)
+        Scaled residual.
+    decrement : Tensor of shape (m,)
+        Squared Newton decrement.
+    rounding : Tensor of shape (m,)
+        Of the objective; not finite where nothing is known.
+    """
+    decrement = torch.nan_to_num(decrement, nan=torch.inf, posinf=torch.inf)
+    # Of a term of the gradient, of size t with a variance of about that size, an error of e t adds
+    # e^2 t. A step of zero where the Hessian could not be factorised tells nothing.
+    noise = torch.finfo(decrement.dtype).eps * rounding
+    is_noise = (decrement > 0) & (decrement <= noise) & torch.isfinite(noise)
+    return torch.where(is_noise, 0.0, torch.maximum(residual, decrement))
 
 
 def effective_tolerance(tol: float, dtype: torch.dtype) -> float:

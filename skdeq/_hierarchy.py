@@ -236,10 +236,6 @@ class HierarchyProblem:
         gradient = self._gradient(bottom, parts, energies)
         return gradient, self._residual(gradient, parts, energies, size)
 
-    def relative_rounding(self, z: Tensor) -> Tensor:
-        """Relative error (m,) that rounding makes in a term of a sum over the design, at most."""
-        return self.bottom.relative_rounding(self._parts(z)[0])
-
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding may have made in the objectives at ``z``."""
         bottom = self.bottom.rounding(objective, self._parts(z)[0], rows)

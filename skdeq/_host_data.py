@@ -105,7 +105,7 @@ class HostObservations(Observations):
 
 
 def _block(part: Tensor | CompressedRows, start: int, stop: int, device: torch.device) -> Any:
-    """Fetch the rows ``start:stop``."""
+    """Fetch the rows ``start:stop``; of a transpose they are gathered from all over the memory."""
     if isinstance(part, CompressedRows):
         return fetched(part.slice(start, stop), device)
     # What is pinned is the memory from the first to the last entry, gaps and all.

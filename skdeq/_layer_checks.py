@@ -47,6 +47,8 @@ def check_type(dtype: torch.dtype) -> None:
 
 def checked_start(start: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
     """Bring a start to the type and device of ``like``, with zero in rows that are not finite."""
+    if not isinstance(start, Tensor):
+        raise TypeError(f"start must be a tensor; got {type(start).__name__}.")
     if start.shape != shape:
         raise ValueError(
             f"start must have shape {shape}, one row for each of x and the latents of all "

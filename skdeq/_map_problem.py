@@ -20,6 +20,7 @@ from torch import Tensor
 
 from skdeq._chunks import tile_entries
 from skdeq._family import Family
+from skdeq._fixed_point_problem import certified_residual
 from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
@@ -317,17 +318,13 @@ class MapProblem:
     def _ridge(self, z: Tensor) -> Tensor:
         return 0.5 * (z.double().square() @ self.penalty.double())
 
-    def relative_rounding(self, z: Tensor) -> Tensor:
-        """Relative error (m,) that rounding makes in a term of a sum over the design, at most."""
-        # An exponential turns the absolute error of a predictor into a relative one.
-        predictor = z.norm(dim=1) * self._longest + self._furthest
-        return torch.finfo(z.dtype).eps * (8 + predictor)
-
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding is expected to make in the objectives at ``z``, at most."""
         # Of the sums that make it up, which may cancel.
         sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
-        return self.relative_rounding(z) * sums + torch.finfo(z.dtype).eps * self._terms
+        # An exponential turns the absolute error of a predictor into a relative one.
+        predictor = z.norm(dim=1) * self._longest + self._furthest
+        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + self._terms)
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)
@@ -364,7 +361,9 @@ class MapProblem:
         if self._map is not None:
             # The squared Newton decrement, with the curvature that shapes the map.
             decrement = -(gradient * self._map.step(gradient, rows)).sum(1)
-            residual = torch.maximum(residual, decrement)
+            # Of the sums that are known without another pass.
+            rounding = self.rounding(torch.zeros_like(self._of(self.constant, rows)), z, rows)
+            residual = certified_residual(residual, decrement, rounding)
         return gradient, residual
 
     def gradient_and_size(

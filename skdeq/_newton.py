@@ -9,6 +9,7 @@ from skdeq._fixed_point_problem import (
     CROWDED,
     FixedPointProblem,
     FixedPointResult,
+    certified_residual,
     effective_tolerance,
 )
 
@@ -22,6 +23,10 @@ _MAX_CUTS = 40
 # for: as long as each multiplies the Newton decrement by this at most.
 _LEAST_RANK_TO_REPEAT = 40
 _SHRINKAGE = 0.1
+# Near a solution, where the squared decrement is at most this, or this share of the objective, a
+# Newton step leaves next to nothing of it, unless it is rounding.
+_NEAR, _NEAR_SHARE = 1e-2, 1e-8
+_STALLED = 0.5
 
 
 class NewtonSystems:
@@ -139,32 +144,17 @@ class _Look:
         Squared Newton decrement: twice what the step is expected to gain.
     rounding : Tensor of shape (m,)
         Of the objective.
-    residual : Tensor of shape (m,)
-        Scaled residual, or the squared decrement where that is larger.
+    scaled, residual : Tensor of shape (m,)
+        Scaled residual, and what is certified, see :func:`certified_residual`.
     """
 
     def __init__(self, problem: FixedPointProblem, z: Tensor, rows: Tensor):
-        self.objective, self.gradient, hessian, residual = problem.derivatives(z, rows)
+        self.objective, self.gradient, hessian, self.scaled = problem.derivatives(z, rows)
         self.systems = NewtonSystems(hessian)
         self.step = self.systems.solve(self.gradient)
         self.decrement = (self.gradient * self.step).sum(1)
-        # The terms of a gradient are as inexact as those of the objective: one of size t, whose
-        # variance is of that size as well, with a relative error e adds e^2 t.
         self.rounding = problem.rounding(self.objective, z, rows)
-        noise = problem.relative_rounding(z) * self.rounding
-        # Outside the domain nothing is known.
-        self._noise = torch.where(torch.isfinite(self.objective), noise, 0.0)
-        self.residual = self.certified(residual, self.decrement)
-
-    def certified(self, residual: Tensor, decrement: Tensor) -> Tensor:
-        """Return the larger of residual and squared decrement; 0 where rounding explains it.
-
-        In units of a diagonal step an error along a direction that the data say little of is too
-        small to be seen, and so is any error of latents that are all far below one.
-        """
-        # A step of zero where the Hessian could not be factorised tells nothing.
-        is_rounding = (decrement > 0) & (decrement <= self._noise)
-        return torch.where(is_rounding, 0.0, torch.maximum(residual, decrement))
+        self.residual = certified_residual(self.scaled, self.decrement, self.rounding)
 
     def __getitem__(self, index: Tensor) -> "_Look":
         part = copy.copy(self)
@@ -255,6 +245,8 @@ def newton(
     residual = start.new_full((len(start),), torch.inf)
     n_iter = torch.zeros(len(start), dtype=torch.long, device=start.device)
     rows = torch.arange(len(start), device=start.device)
+    # Squared decrement before the last step, where that was a whole one.
+    last = torch.full_like(residual, torch.inf)
     again = start.shape[1] > _LEAST_RANK_TO_REPEAT
     while len(rows) and max_iter:
         z = value[rows]
@@ -263,8 +255,13 @@ def newton(
         z, length = _safeguarded(
             problem, z, look.step, look.gradient, look.objective, rows, look.rounding
         )
-        value[rows], residual[rows] = z, look.residual
-        unsolved = look.residual > tol
+        # A whole step that gained nothing on the one before is down to what rounding leaves.
+        near = look.decrement <= _NEAR + _NEAR_SHARE * look.objective.abs()
+        stalled = near & (look.scaled <= tol) & (look.decrement >= _STALLED * last[rows])
+        last[rows] = torch.where(length == 1, look.decrement, torch.inf)
+        found = torch.where(stalled, look.scaled, look.residual)
+        value[rows], residual[rows] = z, found
+        unsolved = ~(found <= tol)
         n_iter[rows] += unsolved
         if again:
             whole = (unsolved & (length == 1)).nonzero().squeeze(1)
@@ -274,8 +271,8 @@ def newton(
                 problem, look[whole], z[whole], at, tol, spare
             )
             n_iter[at] += taken
-        rows = rows[(residual[rows] > tol) & (n_iter[rows] < max_iter)]
-    rows = (residual > tol).nonzero().squeeze(1)
+        rows = rows[~(residual[rows] <= tol) & (n_iter[rows] < max_iter)]
+    rows = (~(residual <= tol)).nonzero().squeeze(1)
     if len(rows):
         residual[rows] = _Look(problem, value[rows], rows).residual
     return FixedPointResult(value, residual, residual <= tol, n_iter)
@@ -310,7 +307,7 @@ def _repeat(
         gradient, found = problem.gradient(z[at], rows[at])
         step = look.systems.solve(gradient)
         size = (gradient * step).sum(1)
-        found = look.certified(found, size)
+        found = certified_residual(found, size, look.rounding)
         shrunk = going & (size <= _SHRINKAGE * decrement[at])
         worse = ~(size <= decrement[at])
         # Where an overshoot has made the curvature enormous the scaled residual proves nothing.

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import chunk_bounds, map_chunks, tile_entries
 
 # Entries that one thread multiplies at a time.
 _PRODUCT_ENTRIES = 2**20
@@ -226,9 +226,9 @@ class Observations:
 
     def missing_product(self, other: Tensor) -> Tensor:
         """Product of the places of the missing entries with a matrix of shape (p, r)."""
-        n, _ = self.shape
+        n, p = self.shape
         parts = [
-            self.missing_rows(start, min(start + 1024, n)).to(other.dtype) @ other
-            for start in range(0, n, 1024)
+            self.missing_rows(start, stop).to(other.dtype) @ other
+            for start, stop in chunk_bounds(n, max(1, tile_entries(other) // max(p, 1)))
         ]
         return torch.cat(parts)

@@ -59,8 +59,8 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
     return X
 
 
-def check_columns(estimator, X) -> None:
-    """Refuse validated data with a column of which nothing is known.
+def check_columns(estimator, X, rows: str = "rows") -> None:
+    """Refuse validated data with a column of which nothing is known; ``rows`` says what they are.
 
     Raises
     ------
@@ -70,14 +70,16 @@ def check_columns(estimator, X) -> None:
     empty = np.flatnonzero(missing_per_column(X) == X.shape[0])
     if len(empty):
         raise ValueError(
-            f"Column {empty[0]} of X has no observed entry, every one of its {X.shape[0]} rows "
-            f"of positive weight is NaN ({len(empty)} such columns in all); drop such columns "
+            f"Column {empty[0]} of X has no observed entry, every one of its {X.shape[0]} {rows} "
+            f"is NaN ({len(empty)} such columns in all); drop such columns "
             f"before {type(estimator).__name__}.fit."
         )
 
 
 def warn_of_ends(X, family: Family) -> None:
     """Warn of columns of which the family has no largest likelihood."""
+    if not family.base.unbounded_at:
+        return
     missing = missing_per_column(X)
     for end in family.base.unbounded_at:
         columns = np.flatnonzero(_count_of(X, end) + missing == X.shape[0])
@@ -88,7 +90,7 @@ def warn_of_ends(X, family: Family) -> None:
                 "bound, and the intercept, the objective and score with it: drop such columns, "
                 f"clip X to values short of {end:g}, or use family='bernoulli'.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

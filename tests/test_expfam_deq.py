@@ -1029,3 +1029,15 @@ def test_a_stream_does_not_change_its_sizes(asked):
     model = ExpFamilyDEQ(2, family="poisson", random_state=0).partial_fit(X)
     with pytest.raises(ValueError, match="partial_fit goes on with the .* call fit to start anew"):
         model.set_params(**asked).partial_fit(X)
+
+
+def test_steps_of_minibatches_shrink_to_the_end():
+    # The last batch of an epoch may be smaller, and is a step all the same.
+    X = sample("bernoulli", n=300, p=10)
+    model = ExpFamilyDEQ(
+        2, family="bernoulli", solver="adam", max_iter=40, tol=0.0, random_state=0
+    )
+    with pytest.warns(ConvergenceWarning):
+        curve = np.array(model.fit(X).loss_curve_)
+    changes = np.abs(np.diff(curve))
+    assert changes[-3:].max() < 0.1 * changes[15:20].max()

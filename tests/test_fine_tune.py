@@ -392,11 +392,7 @@ OTHER_MODELS = {
     "backbone__family": "gaussian",
     "backbone__canonical_map": "tanh",
     "backbone__hidden_layer_sizes": (4,),
-    "backbone__hidden_map": "relu",
     "backbone__loadings": "conv2d",
-    "backbone__image_shape": (3, 4),
-    "backbone__kernel_size": 3,
-    "backbone__stride": 2,
     "backbone__exposure": "total",
     "backbone__alpha": 2.0,
 }
@@ -432,7 +428,9 @@ def test_warm_start_begins_anew_with_another_architecture(name):
 def test_the_same_model_in_other_words_goes_on():
     X, label, _ = data(n=60)
     stream = classifier(head_layer_sizes=[20]).partial_fit(X, label, classes=np.unique(label))
-    same = ExpFamilyDEQ(2, family=Poisson(), hidden_layer_sizes=[], alpha=1)
+    # Of no effect without hidden layers and convolutions.
+    idle = {"hidden_map": "relu", "kernel_size": (3, 3), "stride": 2}
+    same = ExpFamilyDEQ(2, family=Poisson(), hidden_layer_sizes=[], alpha=1, **idle)
     stream.set_params(backbone=same, head_layer_sizes=(20,)).partial_fit(X, label)
     assert stream.n_iter_ == 2
 

@@ -8,6 +8,7 @@ from conftest import sample
 from scipy.optimize import minimize
 
 from skdeq import ExpFamilyDEQ
+from skdeq._fixed_point_problem import certified_residual
 from skdeq._latents import _gradient_at_zero
 from skdeq._map_problem import MapProblem
 from skdeq._newton import NewtonSystems
@@ -511,3 +512,21 @@ def test_what_cannot_be_evaluated_is_not_certified(family):
     solved = torch.isfinite(decrement) & (decrement < 1e-6)
     assert (solved | ~result.converged).all()
     assert not result.converged.all()
+
+
+def test_float32_is_certified_as_far_as_it_goes():
+    # By Anderson acceleration, whose steps do not square what error is left.
+    X = np.random.default_rng(0).integers(0, 4095, (300, 200)).astype(np.float32)
+    model = ExpFamilyDEQ(20, random_state=0, max_iter=3, tol=1.0, fixed_point="anderson").fit(X)
+    certificate = model.map_latents(X)
+    assert certificate.converged.all()
+    assert certificate.n_iter.max() < 5
+
+
+def test_no_number_is_no_certificate():
+    residual = torch.tensor([1e-9, 1e-9, 1e-9, 1e-9, 1e-9])
+    decrement = torch.tensor([torch.nan, torch.inf, 0.0, 1e-12, 1e-3])
+    rounding = torch.tensor([1.0, torch.inf, torch.inf, 1e-3, 1e-3])
+    found = certified_residual(residual, decrement, rounding)
+    expected = torch.tensor([torch.inf, torch.inf, 1e-9, 0.0, 1e-3])
+    torch.testing.assert_close(found, expected)
