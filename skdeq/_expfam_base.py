@@ -1,4 +1,4 @@
-"""What ExpFamilyDEQ does behind its public methods: validate, to tensors, solve, store."""
+"""How ExpFamilyDEQ is fitted, behind its public methods: validate, to tensors, solve, store."""
 
 import warnings
 from dataclasses import asdict, replace
@@ -7,29 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import (
-    numpy_dtype,
-    resolve_device,
-    returned,
-    seeded_generator,
-    to_numpy,
-    to_tensor,
-)
-from skdeq._data import log_base_rows, rows_of, take_rows, to_observations
-from skdeq._expfam_layout import LatentLayout
-from skdeq._exposure import exposure_offset
-from skdeq._family import CanonicalMap
-from skdeq._fit import FitOptions, Trace, fit_full_batch, fit_minibatches
-from skdeq._hierarchy import (
-    HiddenLayer,
-    mean_from_top,
-    mean_jacobian,
-    split_layers,
-)
-from skdeq._latents import fit_start_map, solve_latents, typical_variance
-from skdeq._model import LatentModel, Setting, null_model
+from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
+from skdeq._data import log_base_rows, rows_of, take_rows
+from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
+from skdeq._fit import Trace, fit_full_batch, fit_minibatches
+from skdeq._hierarchy import mean_jacobian
+from skdeq._latents import fit_start_map, typical_variance
+from skdeq._model import LatentModel, null_model
 from skdeq._progress import Progress
 from skdeq._rotation import (
     NEXT_TO_NOTHING,
@@ -53,8 +38,6 @@ from skdeq._validation import (
     check_weights,
     warn_of_ends,
 )
-from skdeq.families import Family
-from skdeq.fixed_point import FixedPointResult
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -62,31 +45,10 @@ if TYPE_CHECKING:
 __all__ = ["LatentVariableEstimator"]
 
 
-class LatentVariableEstimator(LatentLayout):
+class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     _adam: dict[str, Any] | None
-
-    def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
-        """Move validated data to the device."""
-        device = resolve_device(self.device, X)
-        offset = None
-        if self.exposure is not None:
-            factors, profile = exposure_offset(X, profile)
-            offset = torch.from_numpy(factors.astype(numpy_dtype(X))).to(device)
-        if sample_weight is not None:
-            sample_weight = torch.from_numpy(sample_weight).to(device)
-        setting = Setting(
-            family=family,
-            observations=to_observations(X, family, device),
-            alpha=float(self.alpha),
-            weight_decay=float(self.weight_decay),
-            sample_weight=sample_weight,
-            row_offset=offset,
-            hidden_map=self._hidden_map(),
-            convolution=self._convolution(),
-        )
-        return setting, profile
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
         """Validate training data: X, setting, exposure profile."""
@@ -150,7 +112,9 @@ class LatentVariableEstimator(LatentLayout):
 
         def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
             model, trace = fit
-            moments = latent_covariance(_top(model.latents, model.upper), setting.sample_weight)
+            moments = latent_covariance(
+                top_latents(model.latents, model.upper), setting.sample_weight
+            )
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
             estimator._n_batches = 0
@@ -191,29 +155,16 @@ class LatentVariableEstimator(LatentLayout):
             )
         warnings.warn(what, ConvergenceWarning, stacklevel=5)
 
-    def _options(self) -> FitOptions:
-        return FitOptions(
-            n_components=int(self.n_components),
-            max_iter=int(self.max_iter),
-            tol=float(self.tol),
-            learning_rate=float(self.learning_rate),
-            batch_size=self.batch_size,
-            fixed_point=self.fixed_point,
-            fixed_point_tol=float(self.fixed_point_tol),
-            fixed_point_max_iter=int(self.fixed_point_max_iter),
-            hidden_layer_sizes=self._sizes()[:-1],
-        )
-
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Rotate to principal scores and keep everything as numpy."""
-        latents = _top(model.latents, model.upper)
+        latents = top_latents(model.latents, model.upper)
         weight = setting.sample_weight
         components, to_scores = self._principal(model, latents, moments[1], weight)
         from_scores = torch.linalg.pinv(to_scores)
         explained, removed = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
-            lambda scores: _predictor(
+            lambda scores: predictor_of(
                 scores @ from_scores.to(scores.dtype),
                 model.loadings,
                 model.intercept,
@@ -338,7 +289,7 @@ class LatentVariableEstimator(LatentLayout):
             self.n_iter_ + 1,
             converged=True,
         )
-        batch = latent_covariance(_top(solution.value, upper), setting.sample_weight)
+        batch = latent_covariance(top_latents(solution.value, upper), setting.sample_weight)
         mean, covariance, weight = self._moments
         seen = (
             to_tensor(mean).to(batch[0]),
@@ -349,112 +300,3 @@ class LatentVariableEstimator(LatentLayout):
         self._store(X, setting, model, trace, moments, of_stream=True)
         # Of plain types, as everything else that is saved.
         self._adam = asdict(adam_state(parameters, optimiser))
-
-    def _layer_sizes(self) -> tuple[int, ...]:
-        """Numbers of features and of latents of each layer as fitted; empty before."""
-        if getattr(self, "loadings_", None) is None:
-            return ()
-        return (*self.loadings_.shape, *(one.shape[1] for one, _ in self._hidden()))
-
-    def _hidden(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return loadings and intercept of each layer above the first."""
-        if not hasattr(self, "hidden_loadings_"):
-            return []
-        return list(zip(self.hidden_loadings_, self.hidden_intercepts_, strict=True))
-
-    def _parameters(
-        self, setting: Setting
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[HiddenLayer, ...]]:
-        """Fitted loadings, intercept and upper layers in the type and on the device of data."""
-        like: dict[str, Any] = {
-            "dtype": setting.observations.dtype,
-            "device": setting.observations.device,
-        }
-        return (
-            to_tensor(self.loadings_).to(**like),
-            to_tensor(self.intercept_).to(**like),
-            self._upper(**like),
-        )
-
-    def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
-        """Linear predictors at unit exposure of what `transform` returns, where that lies."""
-        like: dict[str, Any] = {"dtype": torch.float64, "device": codes.device}
-        intercept = to_tensor(self.intercept_).to(**like)
-        if not self._hidden():
-            # Products with the scores' own basis, exact where a component is empty.
-            basis = to_tensor(self.loadings_.T if self.whiten else self.components_)
-            predictor = codes.double() @ basis.to(**like) + intercept
-        else:
-            latents = codes.double()
-            if not self.whiten:
-                latents = latents @ torch.linalg.pinv(to_tensor(self._to_scores).to(**like))
-            loadings, upper = to_tensor(self.loadings_).to(**like), self._upper(**like)
-            predictor = _predictor(latents, loadings, intercept, upper, self._hidden_map())
-        return predictor.to(codes.dtype)
-
-    def _upper(self, **like) -> tuple[HiddenLayer, ...]:
-        return tuple(
-            HiddenLayer(to_tensor(one).to(**like), to_tensor(two).to(**like))
-            for one, two in self._hidden()
-        )
-
-    def _latents(self, setting: Setting, start: torch.Tensor | None = None) -> FixedPointResult:
-        """Solve the rows of a setting at the fitted parameters."""
-        loadings, intercept, upper = self._parameters(setting)
-        result = solve_latents(
-            setting,
-            loadings,
-            intercept,
-            upper,
-            curvature=to_tensor(self._curvature).to(loadings),
-            start=start,
-            start_map=to_tensor(self._start_map).to(loadings),
-            **self._options().latent_solver(),
-        )
-        return replace(result, layer_sizes=self._layer_sizes()[1:])
-
-    def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
-        """Validate rows and solve them; also their setting and the validated rows."""
-        check_is_fitted(self)
-        family = self._family()
-        X = check_observations(self, X, family, reset=False)
-        setting, _ = self._setting(X, family, None, self._exposure_profile)
-        return self._latents(setting), setting, X
-
-    def _checked(self, result: FixedPointResult) -> FixedPointResult:
-        """Warn of rows that are not solved."""
-        left = int((~result.converged).sum())
-        if left:
-            single = result.value.dtype == torch.float32
-            warnings.warn(
-                f"The latents of {left} of {len(result.converged)} rows are not solved to "
-                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
-                f"{float(result.residual.max()):.1e}, see map_latents): increase "
-                "fixed_point_max_iter, use fixed_point='newton'"
-                + (", pass float64 data or centre them." if single else "."),
-                ConvergenceWarning,
-                stacklevel=3,
-            )
-        return result
-
-    def _output(self, latents: torch.Tensor, X) -> np.ndarray | torch.Tensor:
-        """Turn latents of the rows X into what `transform` returns."""
-        latents = latents[:, -len(self._to_scores) :]
-        if not self.whiten:
-            latents = latents @ to_tensor(self._to_scores).to(latents)
-        return returned(latents, X, self)
-
-
-def _top(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:
-    return split_layers(latents, upper)[-1].contiguous()
-
-
-def _predictor(
-    top: torch.Tensor,
-    loadings: torch.Tensor,
-    intercept: torch.Tensor,
-    upper: tuple[HiddenLayer, ...],
-    hidden_map: CanonicalMap,
-) -> torch.Tensor:
-    """Linear predictor at unit exposure of what the prior expects below the top latents."""
-    return torch.addmm(intercept, mean_from_top(top, upper, hidden_map), loadings.T)

@@ -79,7 +79,7 @@ class _Residuals(ABC):
         """Weighted mean of the observed entries of each column on the scale of the link, (p,)."""
 
     def _mean_of(self, sums: Tensor, counts: Tensor) -> Tensor:
-        # A column may be seen in rows of no weight alone.
+        # A column may be seen in rows of next to no weight alone.
         return torch.where(counts > _LEAST_SEEN * self.weight.sum(), sums / counts, 0.0)
 
     @abstractmethod

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
+import skdeq._expfam_base as expfam_base
 from skdeq import ExpFamilyDEQ
 from skdeq.families import Binomial, get_family
 
@@ -943,7 +944,8 @@ def test_minibatches_stay_in_the_domain(family, batch_size):
         curve = model.fit(X).loss_curve_
     assert np.isfinite(curve).all()
     best = ExpFamilyDEQ(2, **options).fit(X).loss_curve_[-1]
-    assert min(curve) - best < 0.05 * (curve[0] - best + abs(best))
+    # Short of the optimum by what twelve epochs leave, where leaving the domain cost everything.
+    assert min(curve) - best < 1e-3 * abs(best)
 
 
 @pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
@@ -990,14 +992,15 @@ def test_shares_of_predictors_far_out():
     assert (model.explained_deviance_ratio_ > 0).all()
 
 
-def test_a_model_that_is_worse_than_its_intercept_says_so():
-    X = (np.random.default_rng(1).random((30, 6)) < 0.5).astype(float)
-    model = ExpFamilyDEQ(2, family="bernoulli", weight_decay=0, random_state=0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_a_model_that_is_worse_than_its_intercept_says_so(monkeypatch):
+    X = sample("bernoulli", n=60)
+    nothing = torch.zeros(2, dtype=torch.float64)
+    monkeypatch.setattr(expfam_base, "explained_deviance", lambda *_: (nothing, -0.5))
+    model = ExpFamilyDEQ(2, family="bernoulli", weight_decay=0.1, random_state=0)
+    with pytest.warns(ConvergenceWarning, match="explain less than none.*weight_decay=0.1"):
         model.fit(X)
-    told = any("All 2 components" in str(one.message) for one in caught)
-    assert not told
+    assert model.components_.any()
+    assert model.transform(X).any()
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])

@@ -7,7 +7,7 @@ import torch
 from conftest import CUDA, sample
 from numpy.testing import assert_allclose
 
-import skdeq._expfam_base as expfam_base
+import skdeq._expfam_fitted as expfam_fitted
 import skdeq._host_data as host_data
 from skdeq import ExpFamilyDEQ
 from skdeq._data import to_observations
@@ -159,7 +159,7 @@ def test_a_fit_never_has_the_data_on_the_card(name, card, monkeypatch):
     X = prepare(X)
     options = {"n_components": 2, "max_iter": 6, "tol": 1.0, "random_state": 0, **options}
     expected = ExpFamilyDEQ(**options).fit(X)
-    monkeypatch.setattr(expfam_base, "to_observations", card.observations)
+    monkeypatch.setattr(expfam_fitted, "to_observations", card.observations)
     actual = ExpFamilyDEQ(**options).fit(X)
     assert card.rows
     rtol = 1e-6 if X.dtype == np.float64 else 1e-3
@@ -170,9 +170,9 @@ def test_a_fit_never_has_the_data_on_the_card(name, card, monkeypatch):
                 getattr(actual, attribute), values, rtol, rtol * np.max(np.abs(values))
             )
     for method in ("transform", "score_samples"):
-        monkeypatch.setattr(expfam_base, "to_observations", to_observations)
+        monkeypatch.setattr(expfam_fitted, "to_observations", to_observations)
         here = getattr(expected, method)(X)
-        monkeypatch.setattr(expfam_base, "to_observations", card.observations)
+        monkeypatch.setattr(expfam_fitted, "to_observations", card.observations)
         card.rows.clear()
         there = getattr(expected, method)(X)
         assert card.rows
