@@ -12,9 +12,9 @@ from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
 from skdeq._data import log_base_rows, rows_of, take_rows
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
-from skdeq._hierarchy import mean_jacobian
-from skdeq._latents import fit_start_map, typical_variance
-from skdeq._model import LatentModel, null_model
+from skdeq._hierarchy import HiddenLayer, mean_jacobian
+from skdeq._latents import fit_start_map, solve_latents, typical_variance
+from skdeq._model import LatentModel, Setting, null_model
 from skdeq._progress import Progress
 from skdeq._rotation import (
     NEXT_TO_NOTHING,
@@ -49,12 +49,11 @@ class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     _adam: dict[str, Any] | None
+    _to_scores: np.ndarray
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
         """Validate training data: X, setting, exposure profile."""
         family = self._family().exact
-        if family.widths:
-            family = family.smoothed(family.widths[0])
         X = check_observations(self, X, family, reset=reset)
         n, p = X.shape
         if sample_weight is not None:
@@ -69,11 +68,7 @@ class LatentVariableEstimator(FittedLatents):
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = log_base_rows(X, family).to(setting.observations.device)
-        hidden = setting.hidden_map
-        if hidden.widths:
-            hidden = hidden.smoothed(hidden.widths[0])
-        log_base = setting.weighted_sum(logs)
-        return X, replace(setting, log_base=log_base, hidden_map=hidden), profile
+        return X, replace(setting.rounded_off(), log_base=setting.weighted_sum(logs)), profile
 
     def _fit(self, X, sample_weight, progress: Progress):
         sizes = self._sizes()
@@ -112,9 +107,7 @@ class LatentVariableEstimator(FittedLatents):
 
         def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
             model, trace = fit
-            moments = latent_covariance(
-                top_latents(model.latents, model.upper), setting.sample_weight
-            )
+            moments = estimator._moments_of(setting, model, of_stream=False)
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
             estimator._n_batches = 0
@@ -156,11 +149,10 @@ class LatentVariableEstimator(FittedLatents):
         warnings.warn(what, ConvergenceWarning, stacklevel=5)
 
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
-        """Rotate to principal scores and keep everything as numpy."""
-        latents = top_latents(model.latents, model.upper)
-        weight = setting.sample_weight
-        components, to_scores = self._principal(model, latents, moments[1], weight)
+        """Keep what was fitted, and what it explains of the rows."""
+        to_scores = self._keep(setting, model, moments)
         from_scores = torch.linalg.pinv(to_scores)
+        latents = top_latents(model.latents, model.upper)
         explained, removed = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
@@ -176,23 +168,40 @@ class LatentVariableEstimator(FittedLatents):
         )
         if not of_stream and abs(removed) < NEXT_TO_NOTHING:
             # Dust, which a StandardScaler would blow up. Of one batch it says nothing.
-            to_scores = torch.zeros_like(to_scores)
-        dtype = numpy_dtype(X)
+            self._to_scores = np.zeros_like(self._to_scores)
+        # Of a convolution, the places of each map together.
+        explained = explained.reshape(int(self.n_components), -1).sum(1)
+        self.explained_deviance_ratio_ = to_numpy(explained, numpy_dtype(X))
+        self.loss_curve_ = list(trace.loss_curve)
+        self.n_iter_ = trace.n_iter
+        self.converged_ = trace.converged
+
+    def _keep(
+        self,
+        setting: Setting,
+        model: LatentModel,
+        moments: tuple[torch.Tensor, torch.Tensor, float],
+    ) -> torch.Tensor:
+        """Keep parameters, their principal scores and what shapes the solvers, as numpy.
+
+        Returns
+        -------
+        Tensor of shape (k, k), float64
+            From top latents to scores.
+        """
+        latents = top_latents(model.latents, model.upper)
+        components, to_scores = self._principal(model, latents, moments[1], setting.sample_weight)
+        dtype = to_numpy(latents).dtype
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
-        # Of a convolution, the places of each map together.
-        explained = explained.reshape(int(self.n_components), -1).sum(1)
-        self.explained_deviance_ratio_ = to_numpy(explained, dtype)
-        self.loss_curve_ = list(trace.loss_curve)
-        self.n_iter_ = trace.n_iter
-        self.converged_ = trace.converged
         self._to_scores = to_numpy(to_scores, dtype)
         self._curvature = to_numpy(typical_variance(setting, model.bottom, "rows"), dtype)
         self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
+        return to_scores
 
     def _principal(
         self,
@@ -220,10 +229,7 @@ class LatentVariableEstimator(FittedLatents):
         return convolution.matrix(basis).T, convolution.everywhere(change)
 
     def _replace_parameters(
-        self,
-        layer: "EquilibriumLayer",
-        latents: np.ndarray,
-        sample_weight: np.ndarray | None,
+        self, layer: "EquilibriumLayer", X, sample_weight, *, of_stream: bool = False
     ) -> None:
         """Take over parameters that were trained elsewhere, and turn the scores accordingly.
 
@@ -233,30 +239,43 @@ class LatentVariableEstimator(FittedLatents):
         ----------
         layer : EquilibriumLayer
             From :meth:`to_module`, trained.
-        latents : ndarray of shape (n, k)
-            Of the training rows, in the top layer.
+        X : Tensor or CSR array of shape (n, p)
+            The training rows, validated.
         sample_weight : ndarray of shape (n,) or None
+        of_stream : bool
+            Whether the rows are those of one more batch.
         """
-        weight = None if sample_weight is None else to_tensor(sample_weight)
-        moments = latent_covariance(to_tensor(latents), weight)
-        self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
-        self.__dict__.pop("explained_deviance_ratio_", None)
-        dtype = self.loadings_.dtype
-        self.loadings_ = to_numpy(layer.loadings, dtype)
-        self.intercept_ = to_numpy(layer.intercept, dtype)
-        self.hidden_loadings_ = [to_numpy(one, dtype) for one in layer.hidden_loadings]
-        self.hidden_intercepts_ = [to_numpy(one, dtype) for one in layer.hidden_intercepts]
-        top = to_tensor(latents)
-        like: dict[str, Any] = {"dtype": top.dtype}
-        model = LatentModel(
-            to_tensor(self.loadings_).to(**like),
-            to_tensor(self.intercept_).to(**like),
-            None,
-            self._upper(**like),
+        setting, _ = self._setting(X, self._family(), sample_weight, self._exposure_profile)
+        like: dict[str, Any] = {"dtype": setting.observations.dtype}
+        like["device"] = setting.observations.device
+        (loadings, intercept), *pairs = layer.pairs()
+        upper = tuple(
+            HiddenLayer(one.detach().to(**like), two.detach().to(**like)) for one, two in pairs
         )
-        components, to_scores = self._principal(model, top, moments[1], weight)
-        self.components_ = to_numpy(components, dtype)
-        self._to_scores = to_numpy(to_scores, dtype)
+        model = LatentModel(
+            loadings.detach().to(**like), intercept.detach().to(**like), None, upper
+        )
+        # The rows anew: each of them was last seen at other parameters.
+        solved = solve_latents(
+            setting,
+            *model.parameters,
+            curvature=to_tensor(self._curvature).to(**like),
+            **self._options().latent_solver(),
+        )
+        model = replace(model, latents=solved.value)
+        self._keep(setting.rounded_off(), model, self._moments_of(setting, model, of_stream))
+        # Steps of another model's Adam are not for this one.
+        self._adam = None
+        self.__dict__.pop("explained_deviance_ratio_", None)
+
+    def _moments_of(self, setting: Setting, model: LatentModel, of_stream: bool) -> tuple:
+        """Mean, covariance and weight of the top latents; of a stream, with those before."""
+        moments = latent_covariance(top_latents(model.latents, model.upper), setting.sample_weight)
+        if not of_stream:
+            return moments
+        mean, covariance, weight = self._moments
+        seen = to_tensor(mean).to(moments[0]), to_tensor(covariance).to(moments[0]), weight
+        return pooled_covariance(seen, moments)
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
@@ -289,14 +308,7 @@ class LatentVariableEstimator(FittedLatents):
             self.n_iter_ + 1,
             converged=True,
         )
-        batch = latent_covariance(top_latents(solution.value, upper), setting.sample_weight)
-        mean, covariance, weight = self._moments
-        seen = (
-            to_tensor(mean).to(batch[0]),
-            to_tensor(covariance).to(batch[0]),
-            weight,
-        )
-        moments = pooled_covariance(seen, batch)
+        moments = self._moments_of(setting, model, of_stream=True)
         self._store(X, setting, model, trace, moments, of_stream=True)
         # Of plain types, as everything else that is saved.
         self._adam = asdict(adam_state(parameters, optimiser))

@@ -404,8 +404,9 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         if self.fine_tune:
             # Not in place: what went wrong later on could not be undone.
             self.backbone_ = copy.copy(self.backbone_)
+            rows = trainer.rows
             self.backbone_._replace_parameters(
-                trainer.layer, trainer.latents(), trainer.rows.sample_weight
+                trainer.layer, rows.X, rows.sample_weight, of_stream=append
             )
         self.coefs_, self.intercepts_ = head.coefs, head.intercepts
         self._centre, self._scale = head.centre, head.scale

@@ -199,9 +199,8 @@ def fit_minibatches(
     size = min(options.batch_size or _BATCH_SIZE, n)
     parameters = free_parameters(setting, model)
     optimiser = make_adam(parameters, options.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimiser, options.max_iter * -(-n // size)
-    )
+    n_batches = -(-n // size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.max_iter * n_batches)
     solved = solve_latents(setting, *model.parameters, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
     best = (objective, replace(model, latents=solved.value))
@@ -223,12 +222,14 @@ def fit_minibatches(
     for epoch in range(1, options.max_iter + 1):
         progress.begin()
         order = torch.randperm(n, generator=generator).to(device)
-        for batch in order.split(size):
+        for index in order.split(size):
+            batch = setting.take(index)
+            share = batch.total_weight * n_batches / setting.total_weight
             # From where the last visit left the rows, to the accuracy that a step can use.
             visit, _ = solve_and_step(
-                setting.take(batch), parameters, optimiser, start=latents[batch], **loose
+                batch, parameters, optimiser, share, start=latents[index], **loose
             )
-            latents[batch] = visit.value
+            latents[index] = visit.value
             schedule.step()
         model = model_of(setting, parameters)
         # The objective is flat at its minimum: its error is that of the latents squared.
@@ -239,8 +240,8 @@ def fit_minibatches(
         trace.n_iter = epoch
         gained = max(trace.null_objective - objective, 0.0)
         # At the end of the schedule steps are so short that little changes wherever they are.
-        share = schedule.get_last_lr()[0] / (_TELLING * schedule.base_lrs[0])
-        still = abs(last - objective) <= options.tol * gained * min(1.0, share)
+        pace = schedule.get_last_lr()[0] / (_TELLING * schedule.base_lrs[0])
+        still = abs(last - objective) <= options.tol * gained * min(1.0, pace)
         quiet = quiet + 1 if still else 0
         trace.converged = quiet >= 2
         last = objective

@@ -342,16 +342,6 @@ class HeadTrainer:
             [to_numpy(bias) for bias in self._biases],
         )
 
-    def latents(self) -> np.ndarray:
-        """Return the latents (n, k) of the rows, of all of their entries, at their last visit."""
-        if not (self.options.fine_tune and self.options.dropout > 0):
-            return to_numpy(self._latents)
-        # What the next visits start from stays: whoever asks must not change the training.
-        kept = self._latents.clone()
-        self.outputs(np.arange(len(kept)))
-        found, self._latents = self._latents, kept
-        return to_numpy(found)
-
     def state(self) -> list[dict[str, np.ndarray]]:
         """State of the optimiser to go on from, one entry for each parameter."""
         return [

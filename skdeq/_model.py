@@ -128,6 +128,15 @@ class Setting:
             log_base=0.0,
         )
 
+    def rounded_off(self) -> "Setting":
+        """Return the same with the kinks of its maps as smooth as in training."""
+        family, hidden = self.family, self.hidden_map
+        if family.widths:
+            family = family.smoothed(family.widths[0])
+        if hidden.widths:
+            hidden = hidden.smoothed(hidden.widths[0])
+        return replace(self, family=family, hidden_map=hidden)
+
     def double(self) -> "Setting":
         """Return the same in float64."""
         weight, offset = self.sample_weight, self.row_offset

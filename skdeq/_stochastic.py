@@ -108,6 +108,7 @@ def solve_and_step(
     setting: Setting,
     parameters: list[Tensor],
     optimiser: torch.optim.Optimizer,
+    share: float = 1.0,
     **fixed_point,
 ) -> tuple[FixedPointResult, float]:
     """Solve the latents of a batch and move ``parameters`` by one step.
@@ -122,6 +123,8 @@ def solve_and_step(
         See :func:`free_parameters`.
     optimiser : Optimizer
         Of the parameters.
+    share : float
+        Weight of the batch in units of the mean weight of all batches.
     **fixed_point
         Passed to :func:`~skdeq._latents.solve_latents`.
     """
@@ -129,7 +132,7 @@ def solve_and_step(
     solution = solve_latents(setting, *model_of(setting, before).parameters, **fixed_point)
     gradients, objective = envelope_gradient(setting, parameters, solution.value)
     for one, gradient in zip(parameters, gradients, strict=True):
-        one.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):

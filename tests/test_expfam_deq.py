@@ -948,6 +948,21 @@ def test_minibatches_stay_in_the_domain(family, batch_size):
     assert min(curve) - best < 1e-3 * abs(best)
 
 
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_weights_count_between_minibatches(batch_size):
+    # Weights that only mattered within a batch would leave the means of the groups alike.
+    X = np.random.default_rng(0).normal(size=(100, 6))
+    X[50:] += 2
+    weight = np.repeat([100.0, 1.0], 50)
+    options = {"solver": "adam", "learning_rate": 0.02, "max_iter": 60, "random_state": 0}
+    model = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X, sample_weight=weight)
+    exact = ExpFamilyDEQ(2, random_state=0).fit(X, sample_weight=weight)
+    assert model.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-4)
+    # Of Gaussian columns the intercepts are the weighted means.
+    mean = np.average(X, axis=0, weights=weight)
+    assert_allclose(model.intercept_, mean, atol=0.01)
+
+
 @pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
 def test_a_warm_start_that_is_worse_than_nothing_is_dropped(family):
     X = sample("poisson", n=100, p=12) + 0.1

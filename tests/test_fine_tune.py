@@ -166,7 +166,7 @@ def test_rows_of_minibatches_that_are_not_solved_are_not_warned_of():
         network.backbone_.to_module()(torch.from_numpy(X))
 
 
-def test_gradient_step_lowers_the_loss_as_autograd_says():
+def test_the_first_loss_is_the_log_loss_of_the_network():
     X, label, _ = data()
     fitted = classifier(max_iter=1, batch_size=400, learning_rate=1e-9).fit(X, label)
     probability = fitted.predict_proba(X)
@@ -183,8 +183,39 @@ def test_early_stopping_keeps_the_best_epoch(make):
     fitted.fit(X, y)
     scores = fitted.validation_scores_
     assert len(scores) == fitted.n_iter_ < 200
-    assert len(scores) - 1 - int(np.argmax(scores)) <= 5 + 5
+    best = int(np.argmax(scores))
+    assert len(scores) - 1 - best <= 5
+    # A fit that ends there keeps the same, though it never sees what comes after.
+    shorter = make(early_stopping=True, validation_fraction=0.25, max_iter=best + 1).fit(X, y)
+    np.testing.assert_array_equal(shorter.coefs_[0], fitted.coefs_[0])
+    np.testing.assert_array_equal(shorter.backbone_.loadings_, fitted.backbone_.loadings_)
     assert make(max_iter=2).fit(X, y).validation_scores_ is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"early_stopping": True, "n_iter_no_change": 5}, {"dropout": 0.3}]
+)
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_scores_of_a_tuned_backbone_are_principal(options, hidden):
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(3, family="poisson", hidden_layer_sizes=hidden, max_iter=20)
+    fitted = DEQClassifier(backbone, learning_rate=0.05, random_state=0, max_iter=10, **options)
+    scores = fitted.fit(X, label).backbone_.transform(X)
+    covariance = np.cov(scores, rowvar=False)
+    variances = np.diag(covariance)
+    assert (np.diff(variances) < 0).all()
+    if not hidden:
+        np.testing.assert_allclose(covariance, np.diag(variances), atol=1e-6 * variances[0])
+
+
+def test_scores_of_a_tuned_stream_are_principal_over_all_batches():
+    X, label, _ = data(n=2000)
+    network = classifier(learning_rate=1e-3, backbone_learning_rate=1e-4)
+    for rows in np.array_split(np.arange(2000), 10):
+        network.partial_fit(X[rows], label[rows], classes=["high", "low"])
+    scores = network.backbone_.transform(X)
+    # Exact for parameters that stand still; these hardly move.
+    assert abs(np.corrcoef(scores, rowvar=False)[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("make", [classifier, regressor])
