@@ -86,6 +86,12 @@ class FixedPointProblem(Protocol):
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement ``f(z) - z`` (m, r) of the problem's own map, from the gradient."""
 
+    def shaped_step(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Displacement (m, r) of a map with the same fixed points that contracts faster.
+
+        It is that of `step` where nothing is known of the curvature.
+        """
+
     def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,)."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from skdeq._canonical import through
 from skdeq._family import CanonicalMap, Family
+from skdeq._fixed_point_problem import certified_residual
 from skdeq._map_problem import MapProblem
 from skdeq.families import Gaussian
 
@@ -234,7 +235,12 @@ class HierarchyProblem:
         energies = hidden_energies(parts, self.upper, self.family)
         bottom, size = self.bottom.gradient_and_size(parts[0], rows, fresh)
         gradient = self._gradient(bottom, parts, energies)
-        return gradient, self._residual(gradient, parts, energies, size)
+        residual = self._residual(gradient, parts, energies, size)
+        if self._inverses is not None:
+            decrement = -(gradient * self.shaped_step(gradient, rows)).sum(1)
+            rounding = self.rounding(torch.zeros_like(residual, dtype=torch.float64), z, rows)
+            residual = certified_residual(residual, decrement, rounding)
+        return gradient, residual
 
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding may have made in the objectives at ``z``."""
@@ -290,11 +296,15 @@ class HierarchyProblem:
         return hessian
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """Displacement f(z) - z of the map whose fixed points are the solutions."""
+        """Displacement f(z) - z of the equilibrium layer."""
+        return -gradient / self.alpha
+
+    def shaped_step(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Displacement of the map that the curvatures shape, if one is given."""
         if self._inverses is None:
-            return -gradient / self.alpha
+            return self.step(gradient, rows)
         first, *above = self._parts(gradient)
-        steps = [0.5 * self.bottom.step(first, rows)]
+        steps = [0.5 * self.bottom.shaped_step(first, rows)]
         steps += [-(one @ inverse) for one, inverse in zip(above, self._inverses, strict=True)]
         return torch.cat(steps, dim=1)
 

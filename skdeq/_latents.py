@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,13 @@ from skdeq._chunks import map_chunks
 from skdeq._hierarchy import HiddenLayer, HierarchyProblem
 from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, latent_problem, row_problem
-from skdeq.fixed_point import SOLVERS, FixedPointResult, newton
+from skdeq.fixed_point import (
+    SOLVERS,
+    SOLVERS_FROM_ZERO,
+    SOLVERS_WITH_HESSIANS,
+    FixedPointResult,
+    newton,
+)
 
 __all__ = ["fit_start_map", "laplace_log_likelihood", "solve_latents", "typical_variance"]
 
@@ -91,51 +98,30 @@ def solve_latents(
             value=result.value.to(loadings.dtype),
             residual=result.residual.to(loadings.dtype),
         )
-    bounded = setting.family.variance_bound is not None
+    bound = setting.family.variance_bound
+    bounded = bound is not None
     finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not upper
     if method == "auto":
         method = "anderson" if finish else "newton"
-    solver = SOLVERS[method]
-    if method != "anderson":
+    if method in SOLVERS_WITH_HESSIANS:
         curvature = None
-    elif curvature is None and setting.family.variance_bound is not None:
-        curvature = torch.full_like(intercept, setting.family.variance_bound)
+    elif curvature is None and bound is not None:
+        curvature = torch.full_like(intercept, bound)
     elif callable(curvature):
         curvature = curvature()
     problem = latent_problem(setting, loadings, intercept, upper, curvature, shared_map=bounded)
-    n = problem.n_rows
-    if start is not None:
-        begin = start
-        if check_start and isinstance(problem, MapProblem) and setting.family.is_canonical:
-            begin = _checked_start(problem, start)
-        elif not setting.family.domain.is_real_line:
-            begin = _inside(problem, start)
-    elif (
-        start_map is not None
-        and isinstance(problem, MapProblem)
-        and method != "picard"
-        and problem.r >= _LEAST_RANK_TO_PREDICT
-        # Of several solutions the one that is meant is the one found from zero.
-        and setting.family.is_canonical
-    ):
-        begin = linear_start(problem, start_map)
-    else:
-        begin = loadings.new_zeros(n, problem.r)
-
+    if method in SOLVERS_FROM_ZERO:
+        start_map = None
+    zero = loadings.new_zeros(problem.n_rows, problem.r)
+    begin = _first_latents(problem, setting, zero, start, check_start, start_map)
     stages = kinks[1:]
 
+    def solve(part: Any, value: Tensor) -> FixedPointResult:
+        return SOLVERS[method](part, value, tol=tol, max_iter=max_iter)
+
     def work(low: int, high: int) -> FixedPointResult:
-        part = problem.chunk(low, high)
-        if not stages:
-            result = solver(part, begin[low:high], tol=tol, max_iter=max_iter)
-        value = begin[low:high]
-        spent = torch.zeros(high - low, dtype=torch.long, device=value.device)
-        for width in stages:
-            part.smooth(width)
-            result = solver(part, value, tol=tol, max_iter=max_iter)
-            value, spent = result.value, spent + result.n_iter
-        if stages:
-            result = replace(result, n_iter=spent)
+        part, value = problem.chunk(low, high), begin[low:high]
+        result = _in_stages(solve, part, value, stages) if stages else solve(part, value)
         unsolved = (~result.converged).nonzero().squeeze(1) if finish else result.n_iter[:0]
         for left in unsolved.split(problem.hessian_rows()):
             rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
@@ -145,13 +131,48 @@ def solve_latents(
         return result
 
     size = problem.hessian_rows()
-    if method != "newton" and isinstance(problem, MapProblem):
+    if method not in SOLVERS_WITH_HESSIANS and isinstance(problem, MapProblem):
         size = problem.chunk_rows()
-    parts = map_chunks(work, n, size, begin.device)
+    parts = map_chunks(work, problem.n_rows, size, begin.device)
     fields = ("value", "residual", "converged", "n_iter")
     return FixedPointResult(
         *[torch.cat([getattr(part, field) for part in parts]) for field in fields]  # type: ignore
     )
+
+
+def _first_latents(
+    problem: MapProblem | HierarchyProblem,
+    setting: Setting,
+    zero: Tensor,
+    start: Tensor | None,
+    check_start: bool,
+    start_map: Tensor | None,
+) -> Tensor:
+    """Where the rows start: as they are given, predicted, or at zero, which is in any domain."""
+    is_convex = isinstance(problem, MapProblem) and setting.family.is_canonical
+    if start is not None:
+        if check_start and is_convex:
+            return _checked_start(problem, start)
+        return start if setting.family.domain.is_real_line else _inside(problem, start)
+    # Of several solutions the one that is meant is the one found from zero.
+    if start_map is not None and is_convex and problem.r >= _LEAST_RANK_TO_PREDICT:
+        return linear_start(problem, start_map)
+    return zero
+
+
+def _in_stages(
+    solve: Callable[[Any, Tensor], FixedPointResult],
+    problem: MapProblem | HierarchyProblem,
+    value: Tensor,
+    widths: tuple[float, ...],
+) -> FixedPointResult:
+    """Solve rows through kinks that are rounded off over ever smaller widths."""
+    n_iter = torch.zeros(len(value), dtype=torch.long, device=value.device)
+    for width in widths:
+        problem.smooth(width)
+        result = solve(problem, value)
+        value, n_iter = result.value, n_iter + result.n_iter
+    return replace(result, n_iter=n_iter)
 
 
 def _inside(problem: MapProblem | HierarchyProblem, start: Tensor) -> Tensor:
@@ -200,7 +221,7 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
     return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).to(model.latents.dtype)
 
 
-def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
+def linear_start(problem: MapProblem | Any, start_map: Tensor) -> Tensor:
     """Predict the latents of every row from its gradient at zero.
 
     Where the variance has no bound a prediction may be far off, and is not used unless it is
@@ -220,7 +241,7 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
 
 
-def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
+def _checked_start(problem: MapProblem | Any, start: Tensor) -> Tensor:
     """Replace a start by zero in the rows that it would lead astray."""
     if problem.scale_is_bounded:
         return start

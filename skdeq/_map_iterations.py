@@ -205,7 +205,8 @@ def anderson(
             for kept in (directions, responses, weights):
                 kept[:] = [one[stay] for one in kept]
             last_z, last_step = last_z[stay], last_step[stay]
-        z, step = state.z, state.damping * state.problem.step(state.gradient, state.rows)
+        z = state.z
+        step = state.damping * state.problem.shaped_step(state.gradient, state.rows)
         state.z = z + step
         if iteration:
             if looked and state.any_failed:

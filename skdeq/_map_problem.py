@@ -59,8 +59,8 @@ class MapProblem:
     weight : Tensor of shape (q,), optional
         Weights w of the entries of every row.
     curvature : Tensor of shape (q,), optional
-        Typical variances of the entries. They shape the map of :meth:`step`; without them the
-        map is the equilibrium layer itself, ``f(z) - z = -gradient / penalty``.
+        Typical variances of the entries. They shape the map of :meth:`shaped_step`, and the
+        certificates.
     shared_map : bool
         Whether all rows share one map, as they may where the curvature bounds theirs or varies
         little; if not, each row scales the curvature to its own mean.
@@ -208,7 +208,7 @@ class MapProblem:
 
     @property
     def has_curvature(self) -> bool:
-        """Whether the map of `step` is shaped by a curvature."""
+        """Whether `shaped_step` is shaped by a curvature."""
         return self._map is not None
 
     @property
@@ -443,9 +443,13 @@ class MapProblem:
         return self._penalised(total, z, rows), gradient, hessian, residual
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """Displacement f(z) - z of the map whose fixed points are the solutions."""
+        """Displacement f(z) - z of the equilibrium layer."""
+        return -gradient / self.penalty
+
+    def shaped_step(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """Displacement of the map that the curvature shapes, if one is given."""
         if self._map is None:
-            return -gradient / self.penalty
+            return self.step(gradient, rows)
         return self._map.step(gradient, rows)
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ class Scoring:
                 objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)
             else:
                 objective, gradient = part.value_and_gradient(point, rows)
-            return point + part.step(gradient, rows), objective
+            return point + part.shaped_step(gradient, rows), objective
 
         return _over_chunks(step, problem, start)
 
@@ -275,7 +275,7 @@ class Scoring:
 
         def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
             objective, gradient = part.value_and_gradient(point, rows)
-            direction = -part.step(gradient, rows)
+            direction = -part.shaped_step(gradient, rows)
             first = (_GROWTH * lengths[where]).clamp_max(1.0)
             pending = torch.ones_like(rows, dtype=torch.bool)
             point, lengths[where] = backtrack(

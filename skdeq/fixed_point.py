@@ -19,10 +19,25 @@ from ._fixed_point_problem import FixedPointProblem, FixedPointResult
 from ._map_iterations import anderson, picard
 from ._newton import newton
 
-__all__ = ["SOLVERS", "FixedPointProblem", "FixedPointResult", "anderson", "newton", "picard"]
+__all__ = [
+    "SOLVERS",
+    "SOLVERS_FROM_ZERO",
+    "SOLVERS_WITH_HESSIANS",
+    "FixedPointProblem",
+    "FixedPointResult",
+    "anderson",
+    "newton",
+    "picard",
+]
 
 SOLVERS: dict[str, Callable[..., FixedPointResult]] = {
     "newton": newton,
     "anderson": anderson,
     "picard": picard,
 }
+
+# Those that form the Hessian of every row: they work on fewer rows at a time, and have no use for
+# a curvature that rows share.
+SOLVERS_WITH_HESSIANS = frozenset({"newton"})
+# Those that start from zero, as the layer does, although a better start is known.
+SOLVERS_FROM_ZERO = frozenset({"picard"})
