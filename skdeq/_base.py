@@ -11,6 +11,7 @@ from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
 
 from skdeq._version import __version__
+from skdeq._warn import warn
 
 __all__ = [
     "SkdeqManners",
@@ -43,15 +44,13 @@ class SkdeqManners:
         return {**state, "_skdeq_version": __version__}
 
     def __setstate__(self, state):
+        state = dict(state)
         written = state.pop("_skdeq_version", None)
         if written != __version__:
-            import warnings
-
-            warnings.warn(
+            warn(
                 f"This {type(self).__name__} was saved by skdeq {written} and is loaded by skdeq "
                 f"{__version__}: results may differ or fail.",
                 UserWarning,
-                stacklevel=2,
             )
         super().__setstate__(state)
 

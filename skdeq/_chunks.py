@@ -2,7 +2,6 @@
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+
+from skdeq._warn import warn
 
 __all__ = [
     "chunk_bounds",
@@ -185,11 +186,10 @@ def _unless_out_of_memory(function: Callable, start: int, stop: int) -> tuple | 
 
 
 def _warn_of_memory(rows: int, device: torch.device) -> None:
-    warnings.warn(
+    warn(
         f"{rows} rows at a time were too many for the memory of {device}; going on with half of "
         "them or fewer, with the same results in more time.",
         RuntimeWarning,
-        stacklevel=2,
     )
 
 

@@ -162,15 +162,7 @@ class ComponentsDisplay:
         indices = check_component_indices(component_indices, len(components))
         if feature_names is None:
             feature_names = _names_of_features(estimator, step)
-        titles = [f"Component {index}" for index in indices]
-        explained = explained_ratio(step)
-        if explained is not None:
-            ratio, quantity = explained
-            of = "" if image_shape is not None else f" of {quantity}"
-            titles = [
-                f"{title}\n{ratio[index]:.1%}{of}"
-                for title, index in zip(titles, indices, strict=True)
-            ]
+        titles = _titles(step, indices, len(components), image_shape is None)
         display = cls(
             components=components[indices],
             image_shape=image_shape,
@@ -303,6 +295,23 @@ class ComponentsDisplay:
                 panel.set_xlim(*_bar_range(components))
         for panel in self.axes_[-n_columns:]:
             panel.set_xlabel("Weight")
+
+
+def _titles(step: Any, indices: np.ndarray, n_rows: int, say_of_what: bool) -> list[str]:
+    """Name components and the share that each explains; of kernels, every place."""
+    explained = explained_ratio(step)
+    n_places = 1 if explained is None else n_rows // len(explained[0])
+    titles = []
+    for index in indices:
+        component, place = divmod(int(index), n_places)
+        title = f"Component {component}" + (f", place {place}" if n_places > 1 else "")
+        if explained is not None:
+            ratio, quantity = explained
+            title += f"\n{ratio[component]:.1%}"
+            title += " at all places" if n_places > 1 else ""
+            title += f" of {quantity}" if say_of_what else ""
+        titles.append(title)
+    return titles
 
 
 def _names_of_features(estimator, step) -> np.ndarray | None:

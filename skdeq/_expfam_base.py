@@ -1,6 +1,5 @@
 """How ExpFamilyDEQ is fitted, behind its public methods: validate, to tensors, solve, store."""
 
-import warnings
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from skdeq._validation import (
     check_weights,
     warn_of_ends,
 )
+from skdeq._warn import warn
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -117,12 +117,11 @@ class LatentVariableEstimator(FittedLatents):
         if not trace.converged and not progress.stopped:
             advice = ", or weight_decay: without it the optimum may lie at infinity"
             advice = advice if self.weight_decay == 0 else ""
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} did not converge: the objective still changed by more "
                 f"than tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
                 f"increase max_iter or tol{advice}.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         store(self, (model, trace))
         self._warn_if_useless()
@@ -146,7 +145,7 @@ class LatentVariableEstimator(FittedLatents):
                 f"that of the intercept alone. With {penalties} the fit has gone too far out; "
                 "raise them."
             )
-        warnings.warn(what, ConvergenceWarning, stacklevel=5)
+        warn(what, ConvergenceWarning)
 
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Keep what was fitted, and what it explains of the rows."""

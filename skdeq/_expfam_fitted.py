@@ -1,6 +1,5 @@
 """What ExpFamilyDEQ does with fitted parameters: rows to tensors, solve, return."""
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,9 @@ from skdeq._hierarchy import HiddenLayer, mean_from_top, split_layers
 from skdeq._latents import solve_latents
 from skdeq._model import Setting
 from skdeq._validation import check_observations
+from skdeq._warn import warn
 from skdeq.families import Family
-from skdeq.fixed_point import FixedPointResult
+from skdeq.fixed_point import SOLVERS_WITH_HESSIANS, FixedPointResult
 
 __all__ = ["FittedLatents", "predictor_of", "top_latents"]
 
@@ -34,9 +34,9 @@ class FittedLatents(LatentLayout):
         offset = None
         if self.exposure is not None:
             factors, profile = exposure_offset(X, profile)
-            offset = torch.from_numpy(factors.astype(numpy_dtype(X))).to(device)
+            offset = to_tensor(factors.astype(numpy_dtype(X)), device)
         if sample_weight is not None:
-            sample_weight = torch.from_numpy(sample_weight).to(device)
+            sample_weight = to_tensor(sample_weight, device)
         setting = Setting(
             family=family,
             observations=to_observations(X, family, device),
@@ -138,14 +138,16 @@ class FittedLatents(LatentLayout):
         left = int((~result.converged).sum())
         if left:
             single = result.value.dtype == torch.float32
-            warnings.warn(
+            advice = [f"increase fixed_point_max_iter={self.fixed_point_max_iter}"]
+            if self.fixed_point not in ("auto", *SOLVERS_WITH_HESSIANS):
+                advice.append("use fixed_point='newton'")
+            if single:
+                advice.append("pass float64 data or centre them")
+            warn(
                 f"The latents of {left} of {len(result.converged)} rows are not solved to "
                 f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
-                f"{float(result.residual.max()):.1e}, see map_latents): increase "
-                "fixed_point_max_iter, use fixed_point='newton'"
-                + (", pass float64 data or centre them." if single else "."),
+                f"{float(result.residual.max()):.1e}, see map_latents): {', or '.join(advice)}.",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         return result
 

@@ -25,6 +25,7 @@ from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights
+from skdeq._warn import warn
 from skdeq.families import get_canonical_map, get_family
 
 __all__ = ["FineTuned", "ScoredOnHost"]
@@ -348,21 +349,19 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
             converged = trainer.fit(train, progress, score) or progress.stopped
         self._store(trainer, going_on and stream)
         if trainer.taken_back:
-            warnings.warn(
+            warn(
                 f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
                 f"{self.backbone_.family!r} or the finite numbers and were taken back: lower "
                 f"learning_rate={self.learning_rate:g}.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         elif not converged:
             what = "loss" if held_out is None else "validation score"
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} did not converge: within max_iter={self.max_iter} epochs "
                 f"the {what} never stood still, to within tol={self.tol:g}, for "
                 f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     def _head_options(self) -> HeadOptions:

@@ -1,6 +1,5 @@
 """ImplicitEMEncoder: sparse features from one linear layer, without a decoder."""
 
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Literal, Self
@@ -42,6 +41,7 @@ from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import CallbackSupportMixin, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import check_codes, check_rows, check_stream_type, check_weights
+from skdeq._warn import warn
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -313,12 +313,11 @@ class ImplicitEMEncoder(
             progress.store = store
             trace = trainer.fit(weight, generator, progress)
             if trace.diverged:
-                warnings.warn(
+                warn(
                     f"{type(self).__name__} diverged in epoch {trace.n_iter + 1} and was set back "
                     f"to the end of the one before: lower learning_rate={self.learning_rate:g}"
                     + (f" or momentum={self.momentum:g}." if self.momentum else "."),
                     ConvergenceWarning,
-                    stacklevel=3,
                 )
             store(self, trace)
             self._warn_if_dead()
@@ -376,11 +375,10 @@ class ImplicitEMEncoder(
             trainer.load_state(state)
             trace = trainer.fit_once(weight, past)
             if trace.diverged:
-                warnings.warn(
+                warn(
                     f"These rows made {type(self).__name__} diverge and were left out: lower "
                     f"learning_rate={self.learning_rate:g}.",
                     ConvergenceWarning,
-                    stacklevel=3,
                 )
             self._store(rows, weight, preconditioner, trainer, trace, numpy_dtype(X))
             self._warn_if_dead()
@@ -580,13 +578,12 @@ class ImplicitEMEncoder(
     def _warn_if_dead(self) -> None:
         """Warn if no component is alive."""
         if len(self.dead_components_) == len(self.components_):
-            warnings.warn(
+            warn(
                 f"All {len(self.components_)} components of {type(self).__name__} are dead: their "
                 f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
                 f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
                 "or check that the rows differ.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
     def _encode(self, rows, device: torch.device) -> torch.Tensor:

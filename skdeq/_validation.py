@@ -1,6 +1,5 @@
 """What estimators check of their input: scikit-learn's rules and the support of the family."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from skdeq._base import detached, host_array, numpy_dtype, resolve_device, to_te
 from skdeq._chunks import map_chunks
 from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 from skdeq._family import Family
+from skdeq._warn import warn
 
 __all__ = [
     "check_codes",
@@ -84,13 +84,12 @@ def warn_of_ends(X, family: Family) -> None:
     for end in family.base.unbounded_at:
         columns = np.flatnonzero(_count_of(X, end) + missing == X.shape[0])
         if len(columns):
-            warnings.warn(
+            warn(
                 f"Column {columns[0]} of X is {end:g} wherever it is observed ({len(columns)} "
                 f"such columns in all). There the density of {family.base!r} grows without "
                 "bound, and the intercept, the objective and score with it: drop such columns, "
                 f"clip X to values short of {end:g}, or use family='bernoulli'.",
                 UserWarning,
-                stacklevel=6,
             )
 
 

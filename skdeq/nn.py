@@ -1,7 +1,6 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -26,6 +25,7 @@ from skdeq._latents import solve_latents, typical_variance
 from skdeq._layer_checks import check_numbers, check_type, checked_sizes, checked_start
 from skdeq._model import LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
+from skdeq._warn import warn
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
 from skdeq.implicit import attach_gradient
@@ -275,14 +275,13 @@ class EquilibriumLayer(nn.Module):
         left = int((~result.converged).sum())
         if left:
             single = result.value.dtype == torch.float32
-            warnings.warn(
+            warn(
                 f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
                 f"tol={self.tol:g} (largest residual {float(result.residual.max()):.1e}), so that "
                 "their latents are off and their gradients wrong; certify says which they are. "
                 f"Increase max_iter={self.max_iter}, lower the learning rate if training made the "
                 "loadings this large" + (", or convert the layer to float64." if single else "."),
                 ConvergenceWarning,
-                stacklevel=6,
             )
 
     def _upper(self) -> tuple[HiddenLayer, ...]:

@@ -1,0 +1,30 @@
+"""Warnings that point at the line of the user."""
+
+import sys
+import warnings
+from types import FrameType
+
+__all__ = ["warn"]
+
+# Between the user and us: `set_output` and the validation of parameters wrap every method.
+_BETWEEN = {"skdeq", "sklearn", "torch", "joblib", "contextlib"}
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of something that the nearest caller outside the libraries in between can change.
+
+    Parameters
+    ----------
+    message : str
+    category : type of Warning
+    """
+    # Python 3.12 has `skip_file_prefixes` for it.
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _package(frame) in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
