@@ -241,6 +241,9 @@ class MappedFamily(Family):
         self._base, self.canonical_map = base, canonical_map
         self.name, self.support, self.accepts = base.name, base.support, base.accepts
 
+    def _parameters(self) -> tuple:
+        return ("base", self._base), ("canonical_map", self.canonical_map)
+
     @property
     def base(self) -> Family:
         """The family in its canonical parameter."""

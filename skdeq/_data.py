@@ -31,15 +31,22 @@ def chunk_rows(X: Tensor) -> int:
     return max(1, CHUNK_ENTRIES // X.shape[1])
 
 
-def missing_per_column(X) -> np.ndarray:
-    """Count the NaN of each column of validated data, shape (p,)."""
+def missing_per_column(X, weight: np.ndarray | None = None) -> np.ndarray:
+    """Count the NaN of each column of validated data, or add up their rows' weights, (p,)."""
     if sp.issparse(X):
-        return np.bincount(X.indices[np.isnan(X.data)], minlength=X.shape[1])
+        gaps = np.isnan(X.data)
+        of_gaps = None if weight is None else np.repeat(weight, np.diff(X.indptr))[gaps]
+        return np.bincount(X.indices[gaps], of_gaps, minlength=X.shape[1])
     # The sum of a column is NaN if any entry is; most data need nothing more.
     suspicious = (~torch.isfinite(X.new_ones(len(X)) @ X)).nonzero().squeeze(1)
     count = torch.zeros(X.shape[1], dtype=torch.long, device=X.device)
+    if weight is not None:
+        count = count.double()
     if len(suspicious):
-        count[suspicious] = torch.isnan(X[:, suspicious]).sum(0)
+        gaps = torch.isnan(X[:, suspicious])
+        count[suspicious] = (
+            gaps.sum(0) if weight is None else to_tensor(weight, X.device) @ gaps.double()
+        )
     return count.cpu().numpy()
 
 

@@ -33,8 +33,8 @@ class FittedLatents(LatentLayout):
         device = resolve_device(self.device, X)
         offset = None
         if self.exposure is not None:
-            factors, profile = exposure_offset(X, profile)
-            offset = to_tensor(factors.astype(numpy_dtype(X)), device)
+            factors, profile = exposure_offset(X, profile, sample_weight)
+            offset = factors.to(device, to_tensor(np.empty(0, numpy_dtype(X))).dtype)
         if sample_weight is not None:
             sample_weight = to_tensor(sample_weight, device)
         setting = Setting(

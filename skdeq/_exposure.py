@@ -9,14 +9,32 @@ from skdeq._base import to_numpy, to_tensor
 from skdeq._chunks import map_chunks
 from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 
-__all__ = ["LEAST_EXPOSURE", "exposure_offset"]
+__all__ = ["exposure_offset", "log_exposure"]
 
 # A row without any count says nothing of its size. This share of the mean exposure keeps its
 # logarithm finite and its expected counts negligible.
-LEAST_EXPOSURE = 1e-6
+_LEAST_EXPOSURE = 1e-6
 
 
-def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def log_exposure(total: Tensor, expected: Tensor, whole: Tensor) -> Tensor:
+    """Log size factors of rows, (n,).
+
+    Parameters
+    ----------
+    total : Tensor of shape (n,)
+        Of the observed entries of each row.
+    expected : Tensor of shape (n,) or ()
+        Of the same entries of a mean row.
+    whole : Tensor of shape ()
+        Of all entries of a mean row.
+    """
+    least = (_LEAST_EXPOSURE * whole).clamp_min(torch.finfo(total.dtype).tiny)
+    return torch.log(torch.maximum(total, least) / torch.maximum(expected, least))
+
+
+def exposure_offset(
+    X, profile: np.ndarray | None, sample_weight: np.ndarray | None = None
+) -> tuple[Tensor, np.ndarray]:
     """Compute the log size factor of each row from the row itself.
 
     Without gaps it is ``log(row total / mean training row total)``; with gaps, the total of the
@@ -27,27 +45,29 @@ def exposure_offset(X, profile: np.ndarray | None) -> tuple[np.ndarray, np.ndarr
     X : Tensor or CSR array of shape (n, p)
     profile : ndarray of shape (p,) or None
         Training mean of each column; None to compute it from X.
+    sample_weight : ndarray of shape (n,), optional
+        Of the rows, for that mean.
 
     Returns
     -------
-    offset : ndarray of shape (n,)
+    offset : Tensor of shape (n,), float64
+        On the CPU.
     profile : ndarray of shape (p,)
     """
     n = X.shape[0]
-    total, column = _sums_observed(X)
-    missing = missing_per_column(X)
+    weight = np.ones(n) if sample_weight is None else sample_weight.astype(np.float64)
+    total, column = _sums_observed(X, weight)
+    has_gaps = missing_per_column(X).any()
     if profile is None:
-        profile = column / np.maximum(n - missing, 1)
-    expected = np.full(n, profile.sum())
-    if missing.any():
-        expected -= _profile_of_gaps(X, profile)
-    least = LEAST_EXPOSURE * max(float(profile.sum()), np.finfo(float).tiny)
-    ratio = np.maximum(total, least) / np.maximum(expected, least)
-    return np.log(ratio), profile
+        seen = weight.sum() - (missing_per_column(X, weight) if has_gaps else 0)
+        profile = column / np.maximum(seen, np.finfo(float).tiny)
+    whole = torch.tensor(profile.sum())
+    expected = whole - to_tensor(_profile_of_gaps(X, profile)) if has_gaps else whole
+    return log_exposure(to_tensor(total), expected, whole), profile
 
 
-def _sums_observed(X) -> tuple[np.ndarray, np.ndarray]:
-    """Add up the observed entries of each row and of each column, float64."""
+def _sums_observed(X, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up the observed entries of each row, and of each column under weights, float64."""
     if sp.issparse(X):
         n, p = X.shape
         totals, columns = np.zeros(n), np.zeros(p)
@@ -56,14 +76,16 @@ def _sums_observed(X) -> tuple[np.ndarray, np.ndarray]:
             part = X[start : start + size].astype(np.float64)
             np.nan_to_num(part.data, copy=False)
             totals[start : start + size] = np.asarray(part.sum(axis=1)).ravel()
-            columns += np.asarray(part.sum(axis=0)).ravel()
+            columns += weight[start : start + size] @ part
         return totals, columns
+
+    weights = to_tensor(weight, X.device)
 
     def work(start: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = X[start:stop].to(torch.float64, copy=True)
         if bool(torch.isnan(rows.sum())):
             rows.nan_to_num_(0.0)
-        return rows.sum(1), rows.new_ones(len(rows)) @ rows
+        return rows.sum(1), weights[start:stop] @ rows
 
     parts = map_chunks(work, len(X), chunk_rows(X), X.device)
     total = torch.cat([one for one, _ in parts])

@@ -174,9 +174,11 @@ class NegativeBinomial(Family):
     ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
         """Compute A, mean and variance from one expm1 in place."""
         # Clamped to 0, an eta outside the domain gives the +inf of all three by itself.
-        complement = eta.clamp_(max=0).expm1_().abs_()
-        a = complement.log().div_(-self.dispersion) if log_partition else None
-        mean = complement.reciprocal_().sub_(1).div_(self.dispersion)
+        mean = eta.clamp_(max=0).abs_().expm1_().mul_(self.dispersion).reciprocal_()
+        # 1 / (1 - exp(eta)) is 1 + dispersion mean, of which no digit is lost at either end.
+        a = None
+        if log_partition:
+            a = torch.mul(mean, self.dispersion).log1p_().div_(self.dispersion)
         v = torch.addcmul(mean, mean, mean, value=self.dispersion) if variance else None
         return a, mean, v
 

@@ -53,6 +53,14 @@ class Interval:
         below = x <= self.high if self.high_inclusive else x < self.high
         return above & below
 
+    def inside(self) -> float:
+        """Return a number well inside: 0 if that is, else one unit from the nearest end."""
+        if self.low < 0 < self.high:
+            return 0.0
+        if self.low > -math.inf and self.high < math.inf:
+            return (self.low + self.high) / 2
+        return self.low + 1.0 if self.low > -math.inf else self.high - 1.0
+
     def __str__(self) -> str:
         """Write the interval as a mathematician would, e.g. ``(0, 1]``."""
         opening = "[" if self.low_inclusive else "("

@@ -1,5 +1,6 @@
 """The model as the solvers see it: what is given, what is fitted, and its two halves."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,10 @@ __all__ = [
     "null_model",
     "row_problem",
 ]
+
+
+# Share of the way from an end of the domain to the intercept of the model without latents.
+_MARGIN = 1e-3
 
 
 @dataclass
@@ -148,6 +153,23 @@ class Setting:
         )
 
     @cached_property
+    def intercept_limits(self) -> tuple[Tensor, Tensor] | None:
+        """Least and largest intercepts (p,); None where the domain is the whole line.
+
+        The rows are solved from zero, where their predictors are the intercepts. From nearer to
+        an end of the domain than this Newton's method takes its time.
+        """
+        domain = self.family.domain
+        if domain.is_real_line:
+            return None
+        null, _ = null_model(self)
+        low, high = (
+            end + _MARGIN * (null - end) if math.isfinite(end) else torch.full_like(null, end)
+            for end in (domain.low, domain.high)
+        )
+        return low, high
+
+    @cached_property
     def total_weight(self) -> float:
         """Sum of the sample weights."""
         if self.sample_weight is None:
@@ -268,9 +290,14 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
     start = family.link(mean)
     # A column at the edge of the mean space (all zeros) has no finite optimum: start it half an
     # observation inside.
-    inside = (mean * counts + 0.5 * grand) / (counts + 0.5)
-    start = torch.where(torch.isfinite(start), start, family.link(inside))
-    start = torch.nan_to_num(start, nan=-1.0, posinf=1.0, neginf=-1.0)
+    half = 0.5 * weight.double().mean()
+    pulled = (mean * counts + half * grand) / (counts + half)
+    start = torch.where(torch.isfinite(start), start, family.link(pulled))
+    domain = family.domain
+    inside = domain.inside()
+    high = inside + 1 if domain.high == math.inf else inside
+    low = inside - 1 if domain.low == -math.inf else inside
+    start = torch.nan_to_num(start, nan=inside, posinf=high, neginf=low)
     if setting.row_offset is None:
         # The mean decides; a column at the edge stays half an observation inside.
         canonical = family.canonical(start)

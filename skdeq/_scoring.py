@@ -38,6 +38,8 @@ _CAUTION = 1.5
 # step of a row that was cut grows back.
 _REFRESH = 5
 _GROWTH = 1.5
+# Halvings of a step along the limit of an intercept.
+_MOST_CUTS = 6
 
 
 def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], LatentModel]:
@@ -61,6 +63,9 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     total = setting.total_weight
     weighted = latents if weight is None else latents * weight.unsqueeze(1)
     mean = weighted.double().sum(0) / total
+    limits = setting.intercept_limits
+    if limits is not None:
+        mean *= _share_inside(model, mean.to(dtype), *limits)
     centred = latents - mean.to(dtype)
     weighted = centred if weight is None else centred * weight.unsqueeze(1)
     moment = (weighted.T @ centred).double() / total
@@ -90,6 +95,14 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
         )
 
     return apply
+
+
+def _share_inside(model: LatentModel, shift: Tensor, low: Tensor, high: Tensor) -> float:
+    """Share of a shift of the latents (k,) that leaves all intercepts between their limits."""
+    move = model.loadings @ shift
+    room = torch.where(move > 0, high, low) - model.intercept
+    share = torch.where(move == 0, 1.0, room / move)
+    return float(share.clamp(0.0, 1.0).min())
 
 
 def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> Any:
@@ -140,6 +153,7 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
         solution, _ = self._adaptive_half(problem, start, torch.ones_like(model.intercept))
+        solution = self._inside(problem, start, solution)
         model = LatentModel(solution[:, :-1].contiguous(), solution[:, -1].clone(), model.latents)
         return balance(self.setting, model)(model)
 
@@ -155,6 +169,7 @@ class Scoring:
         self._lengths: dict[str, Tensor] = {}
         self._typical: dict[str, Tensor] = {}
         previous, momentum, quiet = model, 1.0, 0
+        domain = self.setting.family.domain
         accepted: LatentModel | Any = None
         self._share = _FIRST_SHARE
         # Of every row's latents, where a step of Newton's method makes it known.
@@ -165,6 +180,8 @@ class Scoring:
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             amount, momentum = (momentum - 1) / following, following
             point = model.extrapolate(previous, amount) if amount > 0 else model
+            if not bool(domain.contains(point.intercept).all()):
+                point, amount, momentum = model, 0.0, 1.0
             latents, objective = self._rows(point)
             last = self.loss_curve[-1] if self.loss_curve else torch.inf
             if not objective <= last and amount > 0:
@@ -221,7 +238,29 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature, bound)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
         solution, _ = self._half(problem, start, "columns")
+        solution = self._inside(problem, start, solution)
         return LatentModel(solution[:, :-1].contiguous(), solution[:, -1].clone(), model.latents)
+
+    def _inside(self, problem: MapProblem, start: Tensor, end: Tensor) -> Tensor:
+        """Take back what of the columns' steps leads their intercepts out of their limits.
+
+        A column with gaps, seen on one side of the latents alone, would not mind; the rows would.
+        """
+        limits = self.setting.intercept_limits
+        if limits is None:
+            return end
+        low, high = limits
+        out = (~((end[:, -1] >= low) & (end[:, -1] <= high))).nonzero().squeeze(1)
+        if not len(out):
+            return end
+        before, goal = start[out], end[out]
+        goal[:, -1].clamp_(low[out], high[out])
+        limit, length = problem.objective(before, out), torch.ones_like(goal[:, :1])
+        for _ in range(_MOST_CUTS):
+            worse = ~(problem.objective(torch.lerp(before, goal, length), out) <= limit)
+            length = torch.where(worse.unsqueeze(1), 0.5 * length, length)
+        length = torch.where(worse.unsqueeze(1), 0.0, length)
+        return end.index_copy(0, out, torch.lerp(before, goal, length))
 
     def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
         """Variances along the design of one half, and whether all rows share them as they are."""

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
-from skdeq._exposure import LEAST_EXPOSURE
+from skdeq._exposure import log_exposure
 from skdeq._hierarchy import (
     HiddenLayer,
     hidden_energies,
@@ -171,8 +171,7 @@ class EquilibriumLayer(nn.Module):
         for loadings, intercept in self.pairs():
             nn.init.normal_(loadings, std=1 / math.sqrt(len(loadings)))
             nn.init.zeros_(intercept)
-        inside = -1.0 if self.family.base.domain.high <= 0 else 0.0
-        start = torch.full_like(self.intercept, inside)
+        start = torch.full_like(self.intercept, self.family.base.domain.inside())
         if not self.family.is_canonical:
             start = self.family.canonical_map.inverse(start)
         self.intercept.copy_(start)
@@ -309,8 +308,7 @@ class EquilibriumLayer(nn.Module):
             profile = self.exposure_profile
             expected = profile.sum() if observed is None else observed @ profile
             total = torch.where(missing, 0.0, x).sum(1)
-            least = LEAST_EXPOSURE * profile.sum()
-            offset = torch.log(total.clamp_min(least) / expected.clamp_min(least))
+            offset = log_exposure(total, expected, profile.sum())
         return _Batch(statistic, observed, offset)
 
     def _setting(self, batch: _Batch) -> Setting:

@@ -933,36 +933,6 @@ def test_iris_like_user_defined_family():
     assert mine.score(X) == pytest.approx(ours.score(X), abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["negative_binomial", "gamma"])
-@pytest.mark.parametrize("batch_size", [None, 32])
-def test_minibatches_stay_in_the_domain(family, batch_size):
-    # A step inside the domain of the rows of one batch may be outside that of others.
-    X = sample(family, n=400, p=15)
-    options = {"family": family, "random_state": 0}
-    model = ExpFamilyDEQ(2, solver="adam", max_iter=12, batch_size=batch_size, tol=0.0, **options)
-    with pytest.warns(ConvergenceWarning):
-        curve = model.fit(X).loss_curve_
-    assert np.isfinite(curve).all()
-    best = ExpFamilyDEQ(2, **options).fit(X).loss_curve_[-1]
-    # Short of the optimum by what twelve epochs leave, where leaving the domain cost everything.
-    assert min(curve) - best < 1e-3 * abs(best)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_weights_count_between_minibatches(batch_size):
-    # Weights that only mattered within a batch would leave the means of the groups alike.
-    X = np.random.default_rng(0).normal(size=(100, 6))
-    X[50:] += 2
-    weight = np.repeat([100.0, 1.0], 50)
-    options = {"solver": "adam", "learning_rate": 0.02, "max_iter": 60, "random_state": 0}
-    model = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X, sample_weight=weight)
-    exact = ExpFamilyDEQ(2, random_state=0).fit(X, sample_weight=weight)
-    assert model.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-4)
-    # Of Gaussian columns the intercepts are the weighted means.
-    mean = np.average(X, axis=0, weights=weight)
-    assert_allclose(model.intercept_, mean, atol=0.01)
-
-
 @pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
 def test_a_warm_start_that_is_worse_than_nothing_is_dropped(family):
     X = sample("poisson", n=100, p=12) + 0.1

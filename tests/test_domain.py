@@ -1,0 +1,135 @@
+"""Families whose canonical parameters are not the whole line: all stays inside."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import sample
+from numpy.testing import assert_allclose
+from sklearn.exceptions import ConvergenceWarning
+
+from skdeq import ExpFamilyDEQ
+from skdeq.families import Family, Gamma, Interval, NegativeBinomial, Poisson
+from skdeq.nn import EquilibriumLayer
+
+
+class MirroredExponential(Family):
+    """Exponential law in its rate: T(x) = -x, eta > 0."""
+
+    name = "mirrored_exponential"
+    support = Interval(0, np.inf, False, False)
+    domain = Interval(0, np.inf, False, False)
+    accepts = "positive numbers"
+
+    def sufficient(self, x):
+        return -x
+
+    def log_partition(self, eta):
+        return torch.where(eta > 0, -torch.log(eta), torch.inf)
+
+    def mean(self, eta):
+        return torch.where(eta > 0, -1 / eta, torch.inf)
+
+    def variance(self, eta):
+        return torch.where(eta > 0, 1 / eta.square(), torch.inf)
+
+    def log_base(self, x):
+        return torch.zeros_like(x)
+
+
+def one_sided(law):
+    """Rows of rank 1 whose last column is seen only where the latent is large."""
+    rng = np.random.default_rng(0)
+    latent = rng.uniform(-1, 1, size=300)
+    rate = 3 + np.outer(latent, 2 * (-1.0) ** np.arange(8))
+    last = np.maximum(6 * latent - 1, 1e-3)
+
+    def draw(rate):
+        if law == "gamma":
+            return rng.gamma(20, 1 / np.maximum(rate, 0.1))
+        return rng.poisson(rng.gamma(20.0, 1 / np.expm1(0.3 * rate))).astype(float)
+
+    return np.c_[draw(rate), np.where(latent > 0.3, draw(last), np.nan)]
+
+
+@pytest.mark.parametrize("family", [Gamma(20.0), NegativeBinomial(0.05)], ids=lambda f: f.name)
+@pytest.mark.parametrize("max_iter", [3, 100])
+def test_a_column_seen_on_one_side_keeps_its_intercept_inside(family, max_iter):
+    X = one_sided(family.name)
+    model = ExpFamilyDEQ(
+        1, family=family, weight_decay=1e-3, max_iter=max_iter, tol=1e-5, random_state=0
+    )
+    with np.errstate(all="raise"):
+        scores = model.fit_transform(X) if max_iter > 3 else None
+    if scores is None:
+        with pytest.warns(ConvergenceWarning):
+            scores = model.fit_transform(X)
+    assert (model.intercept_ < 0).all()
+    certificate = model.map_latents(X)
+    assert certificate.converged.all()
+    assert_allclose(model.transform(X), scores, atol=1e-6)
+    assert np.isfinite(model.score(X))
+    before = model.loadings_.copy()
+    model.partial_fit(X[:30])
+    assert np.abs(model.loadings_ - before).max() > 0
+
+
+@pytest.mark.parametrize("family", ["negative_binomial", "gamma"])
+@pytest.mark.parametrize("batch_size", [None, 32])
+def test_minibatches_stay_in_the_domain(family, batch_size):
+    # A step inside the domain of the rows of one batch may be outside that of others.
+    X = sample(family, n=400, p=15)
+    options = {"family": family, "random_state": 0}
+    model = ExpFamilyDEQ(2, solver="adam", max_iter=12, batch_size=batch_size, tol=0.0, **options)
+    with pytest.warns(ConvergenceWarning):
+        curve = model.fit(X).loss_curve_
+    assert np.isfinite(curve).all()
+    best = ExpFamilyDEQ(2, **options).fit(X).loss_curve_[-1]
+    # Short of the optimum by what twelve epochs leave, where leaving the domain cost everything.
+    assert min(curve) - best < 1e-3 * abs(best)
+
+
+def test_the_mirror_of_a_law_has_the_mirrored_model():
+    X = sample("gamma")
+    options = {"tol": 1e-10, "max_iter": 2000, "random_state": 0}
+    law = ExpFamilyDEQ(2, family="gamma", **options).fit(X)
+    mirror = ExpFamilyDEQ(2, family=MirroredExponential(), **options).fit(X)
+    assert mirror.score(X) == pytest.approx(law.score(X), abs=1e-5)
+    assert_allclose(mirror.intercept_, -law.intercept_, rtol=1e-3)
+
+
+def test_a_layer_starts_inside_any_domain():
+    X = torch.from_numpy(sample("gamma"))
+    layer = EquilibriumLayer(9, 2, family=MirroredExponential()).double()
+    assert torch.isfinite(layer(X)).all()
+    assert layer.certify(X).converged.all()
+
+
+@pytest.mark.parametrize("ends", [(-1, 1), (0, np.inf), (-np.inf, 0), (2, 5), (-np.inf, np.inf)])
+def test_inside_an_interval(ends):
+    interval = Interval(*ends, False, False)
+    assert interval.contains(torch.tensor(interval.inside()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dispersion", [1e-8, 1e-3, 1.0, 100.0])
+def test_fused_negative_binomial_keeps_its_digits(dispersion, dtype):
+    family = NegativeBinomial(dispersion)
+    mean = torch.tensor([1e-3, 0.05, 1.0, 30.0, 1e4], dtype=dtype)
+    eta = family.link(mean.double()).to(dtype)
+    log_partition, found, variance = family.statistics_(
+        eta.clone(), log_partition=True, variance=True
+    )
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(found, family.mean(eta.double()).to(dtype), **tolerance)
+    torch.testing.assert_close(variance, family.variance(eta.double()).to(dtype), **tolerance)
+    exact = family.log_partition(eta.double()).to(dtype)
+    torch.testing.assert_close(log_partition, exact, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_negative_binomial_tends_to_poisson(dtype):
+    X = sample("poisson", n=150).astype(dtype)
+    limit = ExpFamilyDEQ(2, family=Poisson(), random_state=0).fit(X)
+    near = ExpFamilyDEQ(2, family=NegativeBinomial(1e-8), random_state=0).fit(X)
+    assert near.map_latents(X).converged.all()
+    assert near.score(X) == pytest.approx(limit.score(X), abs=2e-3)

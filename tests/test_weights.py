@@ -1,0 +1,57 @@
+"""Sample weights of ExpFamilyDEQ: what is repeated, and what is only compared."""
+
+import numpy as np
+import pytest
+from conftest import sample
+from numpy.testing import assert_allclose
+
+from skdeq import ExpFamilyDEQ
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_weights_count_between_minibatches(batch_size):
+    # Weights that only mattered within a batch would leave the means of the groups alike.
+    X = np.random.default_rng(0).normal(size=(100, 6))
+    X[50:] += 2
+    weight = np.repeat([100.0, 1.0], 50)
+    options = {"solver": "adam", "learning_rate": 0.02, "max_iter": 60, "random_state": 0}
+    model = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X, sample_weight=weight)
+    exact = ExpFamilyDEQ(2, random_state=0).fit(X, sample_weight=weight)
+    assert model.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-4)
+    # Of Gaussian columns the intercepts are the weighted means.
+    mean = np.average(X, axis=0, weights=weight)
+    assert_allclose(model.intercept_, mean, atol=0.01)
+
+
+@pytest.mark.parametrize("share_missing", [0.0, 0.2])
+def test_exposures_of_weighted_rows_are_those_of_repeated_ones(share_missing):
+    rng = np.random.default_rng(0)
+    X = sample("poisson", n=40, p=8) + 0.0
+    X[rng.random(X.shape) < share_missing] = np.nan
+    weight = rng.integers(1, 6, size=40)
+    options = {"family": "poisson", "exposure": "total", "tol": 1e-9, "random_state": 0}
+    weighted = ExpFamilyDEQ(2, **options).fit(X, sample_weight=weight)
+    repeated = ExpFamilyDEQ(2, **options).fit(np.repeat(X, weight, axis=0))
+    assert_allclose(weighted.intercept_, repeated.intercept_, atol=1e-6)
+    assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "poisson"])
+def test_only_ratios_of_weights_count(family):
+    X = sample(family, n=60)
+    # Columns without an optimum of their own.
+    X[:, :3] = 0
+    one = ExpFamilyDEQ(2, family=family, random_state=0).fit(X, sample_weight=np.ones(60))
+    small = ExpFamilyDEQ(2, family=family, random_state=0).fit(X, sample_weight=np.full(60, 1e-6))
+    for name in ("loadings_", "intercept_", "explained_deviance_ratio_"):
+        assert_allclose(getattr(small, name), getattr(one, name), rtol=1e-6, atol=1e-8)
+
+
+def test_weights_that_may_not_be_written_to():
+    X = sample("poisson")
+    weight = np.random.default_rng(0).uniform(0.5, 2, size=len(X))
+    expected = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X, sample_weight=weight)
+    weight.flags.writeable = False
+    # Any warning, such as torch's of such arrays, is an error.
+    found = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X, sample_weight=weight)
+    np.testing.assert_array_equal(found.loadings_, expected.loadings_)
