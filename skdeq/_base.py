@@ -18,6 +18,7 @@ __all__ = [
     "detached",
     "host_array",
     "numpy_dtype",
+    "out_of_inference_mode",
     "resolve_device",
     "returned",
     "seeded_generator",
@@ -53,6 +54,16 @@ class SkdeqManners:
                 UserWarning,
             )
         super().__setstate__(state)
+
+
+@contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """Work on tensors that may have gradients, though the caller wants none."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -131,7 +142,8 @@ def detached(values: Tensor, name: str) -> Tensor:
             f"{name} is a tensor that requires grad, and estimators pass no gradient on: give "
             f"{name}.detach(), or use skdeq.nn.EquilibriumLayer, which has one."
         )
-    return values.detach()
+    values = values.detach()
+    return values.clone() if values.is_inference() else values
 
 
 def host_array(values, name: str):

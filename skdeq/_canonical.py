@@ -70,7 +70,6 @@ class ReLU(CanonicalMap):
     range = Interval(0, math.inf, True, False)
     masks = ("latents", "inputs", "off")
     formula = "max(zeta, 0)"
-    formula = "max(zeta, 0)"
 
     def __init__(self, mask: str = "latents") -> None:
         if mask not in self.masks:

@@ -5,7 +5,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from skdeq._base import to_tensor
+from skdeq._base import numpy_dtype, to_tensor
 from skdeq._chunks import free_memory, map_chunks
 from skdeq._family import Family
 from skdeq._host_data import HostObservations
@@ -14,6 +14,7 @@ from skdeq._observations import CompressedRows, Observations
 __all__ = [
     "CHUNK_ENTRIES",
     "chunk_rows",
+    "has_short_digits",
     "log_base_rows",
     "missing_per_column",
     "rows_of",
@@ -24,6 +25,8 @@ __all__ = [
 
 # Entries of dense data, or stored entries of sparse, to be looked at together.
 CHUNK_ENTRIES = 2**20
+# Size of the terms of an objective of which float32 keeps two decimals.
+_MOST_IN_SINGLE = 1e5
 
 
 def chunk_rows(X: Tensor) -> int:
@@ -124,6 +127,27 @@ def to_rows(X, device: torch.device) -> Tensor | CompressedRows:
         rows = X.view(torch.uint8) if X.dtype == torch.bool else X
         size = rows.nbytes
     return rows.to(_home(size, rows.device, device))
+
+
+def has_short_digits(X, family: Family) -> bool:
+    """Whether float32 has too few digits for the terms of the objective of validated data.
+
+    These are as large as the largest entry, or its square if the variance is constant, and what
+    the model explains is what is left of them.
+    """
+    if numpy_dtype(X) != np.float32:
+        return False
+
+    def largest(block: Tensor) -> Tensor:
+        return torch.nan_to_num(block, nan=0.0).abs().amax()
+
+    if sp.issparse(X):
+        size = float(largest(to_tensor(X.data))) if X.nnz else 0.0
+    else:
+        parts = map_chunks(lambda i, j: largest(X[i:j]), len(X), chunk_rows(X), X.device)
+        size = float(torch.stack(parts).amax())
+    constant = family.base.self_concordance == 0
+    return (size**2 if constant else size) > _MOST_IN_SINGLE
 
 
 def take_rows(X, index: np.ndarray):

@@ -8,8 +8,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
-from skdeq._data import log_base_rows, rows_of, take_rows
+from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
+from skdeq._expfam_layout import changed_parameters, refuse_changes
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentVariableEstimator"]
 
+# Predictors, which are logits or logarithms, that only a model without an optimum comes to.
+_ENDLESS = 100.0
+
 
 class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
@@ -65,6 +69,7 @@ class LatentVariableEstimator(FittedLatents):
                 check_columns(self, X, "rows of positive weight")
         if reset:
             warn_of_ends(X, family)
+            self._in_double = has_short_digits(X, family)
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = log_base_rows(X, family).to(setting.observations.device)
@@ -111,10 +116,19 @@ class LatentVariableEstimator(FittedLatents):
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
             estimator._n_batches = 0
+            estimator._fitted_as = estimator.get_params()
 
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
-        if not trace.converged and not progress.stopped:
+        store(self, (model, trace))
+        if self._is_endless:
+            warn(
+                f"{type(self).__name__} did not converge: with weight_decay=0 these data have no "
+                "finite optimum, and the components are as long as the iterations made them. Any "
+                "positive weight_decay gives them one.",
+                ConvergenceWarning,
+            )
+        elif not trace.converged and not progress.stopped:
             advice = ", or weight_decay: without it the optimum may lie at infinity"
             advice = advice if self.weight_decay == 0 else ""
             warn(
@@ -123,7 +137,6 @@ class LatentVariableEstimator(FittedLatents):
                 f"increase max_iter or tol{advice}.",
                 ConvergenceWarning,
             )
-        store(self, (model, trace))
         self._warn_if_useless()
         return setting, model
 
@@ -152,7 +165,7 @@ class LatentVariableEstimator(FittedLatents):
         to_scores = self._keep(setting, model, moments)
         from_scores = torch.linalg.pinv(to_scores)
         latents = top_latents(model.latents, model.upper)
-        explained, removed = explained_deviance(
+        explained, removed, largest = explained_deviance(
             setting,
             lambda index: rows_of(X, index, latents.device),
             lambda scores: predictor_of(
@@ -173,7 +186,10 @@ class LatentVariableEstimator(FittedLatents):
         self.explained_deviance_ratio_ = to_numpy(explained, numpy_dtype(X))
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
-        self.converged_ = trace.converged
+        # A predictor that large says the same as an infinite one, whatever the tolerance.
+        endless = self.weight_decay == 0 and setting.family.domain.is_real_line
+        self._is_endless = endless and largest > _ENDLESS
+        self.converged_ = trace.converged and not self._is_endless
 
     def _keep(
         self,
@@ -190,7 +206,7 @@ class LatentVariableEstimator(FittedLatents):
         """
         latents = top_latents(model.latents, model.upper)
         components, to_scores = self._principal(model, latents, moments[1], setting.sample_weight)
-        dtype = to_numpy(latents).dtype
+        dtype = to_numpy(torch.empty(0, dtype=setting.narrow or latents.dtype)).dtype
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
@@ -279,13 +295,7 @@ class LatentVariableEstimator(FittedLatents):
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
         check_stream_type(X, self.loadings_)
-        sizes = tuple(one.shape[1] for one in (self.loadings_, *self.hidden_loadings_))
-        if self._sizes() != sizes:
-            raise ValueError(
-                f"n_components={self.n_components!r} and "
-                f"hidden_layer_sizes={self.hidden_layer_sizes!r} ask for {self._sizes()} latents, "
-                f"but partial_fit goes on with the {sizes} there are; call fit to start anew."
-            )
+        refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
@@ -305,7 +315,6 @@ class LatentVariableEstimator(FittedLatents):
             null_objective,
             [*self.loss_curve_, objective],
             self.n_iter_ + 1,
-            converged=True,
         )
         moments = self._moments_of(setting, model, of_stream=True)
         self._store(X, setting, model, trace, moments, of_stream=True)

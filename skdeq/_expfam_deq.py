@@ -19,6 +19,7 @@ from skdeq._base import SkdeqManners, host_array, returned, stream_batch, to_ten
 from skdeq._chunks import parallel_chunks
 from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
+from skdeq._expfam_fitted import narrowed
 from skdeq._latents import laplace_log_likelihood
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
@@ -219,7 +220,8 @@ class ExpFamilyDEQ(
         Iterations run. Where the variance has no bound (Poisson, negative binomial, gamma) two
         starts are first compared by four iterations each, which are not counted.
     converged_ : bool
-        Whether `tol` was met within `max_iter` iterations. Of single rows `map_latents` tells.
+        Whether `tol` was met within `max_iter` iterations; after `partial_fit` false, as a stream
+        has no end. Of single rows `map_latents` tells.
     n_features_in_ : int
         Number of features seen during fit.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -284,7 +286,7 @@ class ExpFamilyDEQ(
         family: str | Family = "gaussian",
         canonical_map: str | CanonicalMap = "identity",
         hidden_layer_sizes: Sequence[int] = (),
-        hidden_map: str | CanonicalMap = "tanh",
+        hidden_map: str = "tanh",
         loadings: Literal["dense", "conv2d"] = "dense",
         image_shape: Sequence[int] | None = None,
         kernel_size: int | Sequence[int] = 5,
@@ -388,8 +390,9 @@ class ExpFamilyDEQ(
             if left_out or not setting.family.is_canonical:
                 # Rows of zero weight took no part in the fit; and where a row has several
                 # solutions, the one that `transform` finds is the one to return.
-                return self._output(self._checked(self._solve(X)[0]).value, X)
-            return self._output(self._checked(self._latents(setting, model.latents)).value, X)
+                return self._output(self._codes(X), X)
+            result = self._checked(self._latents(setting, model.latents))
+            return self._output(narrowed(result, setting).value, X)
 
     def transform(self, X: MatrixLike) -> Output:
         """Scores of rows, seen in training or not.
@@ -406,7 +409,7 @@ class ExpFamilyDEQ(
             A tensor on the device of X where X is a tensor and ``array_api_dispatch=True``.
         """
         with parallel_chunks():
-            return self._output(self._checked(self._solve(X)[0]).value, X)
+            return self._output(self._codes(X), X)
 
     def map_latents(self, X: MatrixLike) -> FixedPointResult:
         """MAP latents of rows, each with its certificate of convergence.
@@ -425,7 +428,8 @@ class ExpFamilyDEQ(
             ``layers`` those of each.
         """
         with parallel_chunks():
-            result, _, _ = self._solve(X)
+            result, setting, _ = self._solve(X)
+        result = narrowed(result, setting)
         fields = ("value", "residual", "converged", "n_iter")
         parts: dict[str, Any] = {one: returned(getattr(result, one), X) for one in fields}
         return replace(result, **parts)

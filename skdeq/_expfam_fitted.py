@@ -22,11 +22,14 @@ from skdeq._warn import warn
 from skdeq.families import Family
 from skdeq.fixed_point import SOLVERS_WITH_HESSIANS, FixedPointResult
 
-__all__ = ["FittedLatents", "predictor_of", "top_latents"]
+__all__ = ["FittedLatents", "narrowed", "predictor_of", "top_latents"]
 
 
 class FittedLatents(LatentLayout):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ` that solve rows at given parameters."""
+
+    # Whether float32 data are worked on in float64, as the training data ask for.
+    _in_double: bool = False
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
         """Move validated data to the device."""
@@ -47,7 +50,7 @@ class FittedLatents(LatentLayout):
             hidden_map=self._hidden_map(),
             convolution=self._convolution(),
         )
-        return setting, profile
+        return setting.double() if self._in_double else setting, profile
 
     def _options(self) -> FitOptions:
         return FitOptions(
@@ -133,6 +136,11 @@ class FittedLatents(LatentLayout):
         setting, _ = self._setting(X, family, None, self._exposure_profile)
         return self._latents(setting), setting, X
 
+    def _codes(self, X) -> torch.Tensor:
+        """MAP latents of rows, in their own type; warn of those that are not solved."""
+        result, setting, _ = self._solve(X)
+        return narrowed(self._checked(result), setting).value
+
     def _checked(self, result: FixedPointResult) -> FixedPointResult:
         """Warn of rows that are not solved."""
         left = int((~result.converged).sum())
@@ -157,6 +165,14 @@ class FittedLatents(LatentLayout):
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
         return returned(latents, X, self)
+
+
+def narrowed(result: FixedPointResult, setting: Setting) -> FixedPointResult:
+    """Return a result in the type of the data."""
+    dtype = setting.narrow
+    if dtype is None:
+        return result
+    return replace(result, value=result.value.to(dtype), residual=result.residual.to(dtype))
 
 
 def top_latents(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:

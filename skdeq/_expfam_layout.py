@@ -1,5 +1,6 @@
 """What the parameters of ExpFamilyDEQ say of its law and its layers, before there are data."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -12,7 +13,56 @@ from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
 from skdeq.families import get_canonical_map, get_family
 
-__all__ = ["LatentLayout"]
+__all__ = ["LatentLayout", "changed_parameters", "refuse_changes"]
+
+
+def _as_tuple(value: Any) -> tuple:
+    """Return one value, or several in whichever kind of sequence, as a tuple."""
+    return tuple(np.ravel(value).tolist())
+
+
+# Parameters that make another model, and as what they are compared.
+_OF_THE_MODEL: dict[str, Callable] = {
+    "n_components": _as_tuple,
+    "family": get_family,
+    "canonical_map": get_canonical_map,
+    "hidden_layer_sizes": _as_tuple,
+    "hidden_map": get_canonical_map,
+    "loadings": _as_tuple,
+    "image_shape": _as_tuple,
+    "kernel_size": _as_tuple,
+    "stride": _as_tuple,
+    "exposure": _as_tuple,
+    "alpha": _as_tuple,
+}
+_OF_CONVOLUTIONS = ("image_shape", "kernel_size", "stride")
+
+
+def changed_parameters(asked: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Parameters that ask for another model than there is: what they are, and were."""
+    idle = set(_OF_CONVOLUTIONS) if asked["loadings"] == "dense" else set()
+    if not _as_tuple(asked["hidden_layer_sizes"]):
+        idle.add("hidden_map")
+    return {
+        name: (asked[name], there[name])
+        for name, form in _OF_THE_MODEL.items()
+        if name not in idle and form(asked[name]) != form(there[name])
+    }
+
+
+def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to go on with a model that is not the one asked for.
+
+    Raises
+    ------
+    ValueError
+        If there are changes, see :func:`changed_parameters`; of one of them.
+    """
+    for name, (asked, there) in changes.items():
+        raise ValueError(
+            f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
+            f"{name}={there!r}; call fit to start anew."
+        )
 
 
 class LatentLayout(BaseEstimator):

@@ -21,10 +21,11 @@ __all__ = ["DEQClassifier", "DEQRegressor"]
 _PARAMETERS = """
     Parameters
     ----------
-    backbone : ExpFamilyDEQ or None, default=None
+    backbone : ExpFamilyDEQ, FrozenEstimator of one, or None, default=None
         The model of X below the head. A fitted one is copied and trained further; one that is
-        not is fitted first, without the targets. None is ``ExpFamilyDEQ()``. Cloning, as a grid
-        search does, unfits it like any other parameter.
+        not is fitted first, without the targets. None is ``ExpFamilyDEQ()``. Cloning, as
+        cross-validation and grid searches do, unfits it like any other parameter, unless it is
+        in a :class:`~sklearn.frozen.FrozenEstimator`.
 
     head_layer_sizes : tuple of int, default=(100,)
         Units of the ReLU layers between the centred and scaled latents and the output; () is a

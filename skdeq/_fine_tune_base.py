@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch
 from sklearn import config_context
 from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval
@@ -21,12 +22,13 @@ from skdeq._base import SkdeqManners, host_array, resolve_device
 from skdeq._chunks import parallel_chunks
 from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
+from skdeq._expfam_layout import changed_parameters, refuse_changes
 from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights
 from skdeq._warn import warn
-from skdeq.families import get_canonical_map, get_family
+from skdeq.families import get_family
 
 __all__ = ["FineTuned", "ScoredOnHost"]
 
@@ -63,28 +65,6 @@ class ScoredOnHost:
 _SLOWER = 3
 
 
-def _as_tuple(value) -> tuple:
-    """Return one value, or several in whichever kind of sequence, as a tuple."""
-    return tuple(np.ravel(value).tolist())
-
-
-# What of the backbone another model begins with, and as what it is compared.
-_OF_THE_MODEL: dict[str, Callable] = {
-    "n_components": _as_tuple,
-    "family": get_family,
-    "canonical_map": get_canonical_map,
-    "hidden_layer_sizes": _as_tuple,
-    "hidden_map": get_canonical_map,
-    "loadings": _as_tuple,
-    "image_shape": _as_tuple,
-    "kernel_size": _as_tuple,
-    "stride": _as_tuple,
-    "exposure": _as_tuple,
-    "alpha": _as_tuple,
-}
-_OF_CONVOLUTIONS = ("image_shape", "kernel_size", "stride")
-
-
 class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
 
@@ -92,7 +72,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
     _solver_state: list[dict[str, np.ndarray]] | None
 
     _parameter_constraints = {
-        "backbone": [ExpFamilyDEQ, None],
+        "backbone": [ExpFamilyDEQ, FrozenEstimator, None],
         "head_layer_sizes": ["array-like"],
         "fine_tune": ["boolean"],
         "dropout": [Interval(Real, 0, 1, closed="left")],
@@ -202,13 +182,7 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
         if going_on:
             check_stream_type(X, self.coefs_[0])
-            changes = self._changes()
-            if changes:
-                name, (asked, there) = changes.popitem()
-                raise ValueError(
-                    f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
-                    f"{name}={there!r}; call fit to start anew."
-                )
+            refuse_changes(self._changes())
         if not going_on and labels is None:
             self._learn_targets(y, sample_weight)
         elif not going_on:
@@ -249,19 +223,9 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for another model than is fitted: what they are, and were."""
-        asked = self._backbone()
-        idle = set(_OF_CONVOLUTIONS) if asked.loadings == "dense" else set()
-        if not _as_tuple(asked.hidden_layer_sizes):
-            idle.add("hidden_map")
-        pairs = {
-            name: (getattr(asked, name), getattr(self.backbone_, name))
-            for name in _OF_THE_MODEL
-            if name not in idle
-        }
+        asked, there = self._backbone().get_params(), self.backbone_.get_params()
         changes = {
-            f"backbone__{name}": pair
-            for name, pair in pairs.items()
-            if _OF_THE_MODEL[name](pair[0]) != _OF_THE_MODEL[name](pair[1])
+            f"backbone__{name}": pair for name, pair in changed_parameters(asked, there).items()
         }
         sizes = tuple(self.head_layer_sizes), tuple(coef.shape[1] for coef in self.coefs_[:-1])
         if sizes[0] != sizes[1]:
@@ -269,7 +233,17 @@ class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
         return changes
 
     def _backbone(self) -> ExpFamilyDEQ:
-        return ExpFamilyDEQ() if self.backbone is None else self.backbone
+        backbone = self.backbone
+        if not isinstance(backbone, FrozenEstimator):
+            return ExpFamilyDEQ() if backbone is None else backbone
+        frozen = backbone.estimator
+        if not isinstance(frozen, ExpFamilyDEQ):
+            raise ValueError(
+                "backbone must be an ExpFamilyDEQ, or a FrozenEstimator of one; got a "
+                f"FrozenEstimator of {type(frozen).__name__}."
+            )
+        check_is_fitted(frozen)
+        return frozen
 
     def _pretrained(self, X, sample_weight, progress: Progress, seed: int) -> ExpFamilyDEQ:
         """Copy of the backbone, fitted."""

@@ -258,11 +258,13 @@ class HeadTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] *= 0.5
 
+    @torch.enable_grad()
     def pass_once(self, rows: np.ndarray) -> None:
         """Go once through rows in the order given."""
         self.loss_curve.append(self._epoch(torch.from_numpy(rows).to(self.rows.device)))
         self._check_last_step()
 
+    @torch.enable_grad()
     def fit(
         self,
         rows: np.ndarray,

@@ -209,7 +209,7 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
     Tensor of shape (k + 1, k)
         From at most 4,096 evenly spaced rows; the last row is the intercept.
     """
-    index = torch.arange(0, len(model.latents), max(1, len(model.latents) // _VARIANCE_ROWS))
+    index = torch.arange(0, len(model.latents), -(-len(model.latents) // _VARIANCE_ROWS))
     index = index.to(model.latents.device)
     problem = row_problem(setting.take(index), model.loadings, model.intercept)
     gradient = _gradient_at_zero(problem).double()
@@ -322,11 +322,11 @@ def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
     latents, offset = model.latents, setting.row_offset
     loadings, intercept = model.loadings, model.intercept
     if side == "rows":
-        every = max(1, len(latents) // _VARIANCE_ROWS)
+        every = -(-len(latents) // _VARIANCE_ROWS)
         latents = latents[::every]
         offset = None if offset is None else offset[::every]
     else:
-        every = max(1, len(loadings) // _VARIANCE_COLUMNS)
+        every = -(-len(loadings) // _VARIANCE_COLUMNS)
         loadings, intercept = loadings[::every].contiguous(), intercept[::every]
 
     def work(low: int, high: int) -> Tensor:

@@ -110,6 +110,8 @@ class Setting:
         From the linear predictor of latents to their mean, where there are several layers.
     convolution : Convolution or None
         What makes the loadings from kernels, where they are not free.
+    narrow : torch.dtype or None
+        Type of the data, where it is not that in which they are worked on.
     """
 
     family: Family
@@ -121,6 +123,7 @@ class Setting:
     log_base: float = 0.0
     hidden_map: CanonicalMap | Any = None
     convolution: Convolution | None = None
+    narrow: torch.dtype | None = None
 
     def take(self, index: Tensor) -> "Setting":
         """Return the same for some rows; the log base is left out."""
@@ -150,6 +153,7 @@ class Setting:
             observations=self.observations.double(),
             sample_weight=None if weight is None else weight.double(),
             row_offset=None if offset is None else offset.double(),
+            narrow=self.narrow or self.observations.dtype,
         )
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skdeq._base import resolve_device, unchanged_on_error
+from skdeq._base import out_of_inference_mode, resolve_device, unchanged_on_error
 
 __all__ = ["CallbackSupportMixin", "Progress", "training"]
 
@@ -214,7 +214,7 @@ def training(
         context=context,
         arguments=arguments,
     )
-    with unchanged_on_error(estimator):
+    with unchanged_on_error(estimator), out_of_inference_mode():
         context.call_on_fit_task_begin(**arguments)
         yield progress
         context.call_on_fit_task_end(**arguments, reconstruction_attributes={})

@@ -102,7 +102,7 @@ def explained_deviance(
     predict: Callable[[Tensor], Tensor],
     null_intercept: Tensor,
     scores: Tensor,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float, float]:
     r"""Share of the null deviance that each component removes.
 
     The deviance falls from that of the intercept-only model to that of the model along the
@@ -131,6 +131,8 @@ def explained_deviance(
         negative. With more than 2e6 entries, estimated from evenly spaced rows.
     removed : float
         Share that the scores remove: next to nothing if they hardly move the predictors.
+    largest : float
+        Largest change of a predictor by the scores; 0 where the variance is constant.
     """
     family = setting.family.exact
     n, k = scores.shape
@@ -145,7 +147,7 @@ def explained_deviance(
 
     def work(low: int, high: int) -> Tensor:
         rows = index[low:high]
-        x = x_rows(rows)
+        x = x_rows(rows).to(scores.dtype)
         observed = ~torch.isnan(x)
         statistic = family.sufficient(x)
         saturated = family.base.saturated(x)
@@ -187,11 +189,11 @@ def explained_deviance(
     explained = 1 - residual / null if null > 0 else 0.0
     removed = float(parts.sum()) / null if null > 0 else 0.0
     if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
-        return torch.zeros(k, dtype=torch.float64), removed
+        return torch.zeros(k, dtype=torch.float64), removed, largest
     if not 0 < removed < torch.inf:
         # Far out the intercept does what the scores undo, and no part is a component's own.
         parts = scores.double().var(0, correction=0)
-    return parts * (explained / parts.sum()), removed
+    return parts * (explained / parts.sum()), removed, largest
 
 
 def _quadrature(largest: float) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,9 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
         If an entry is infinite or outside the support, naming family, row and column; in
         fitting, also if a column has no observed entry.
     """
+    if isinstance(X, np.ma.MaskedArray):
+        # What scikit-learn would take for observed.
+        X = np.ma.filled(X.astype(np.result_type(X.dtype, np.float32)), np.nan)
     X = _validated(estimator, X, _FLOATS, reset=reset)
     if sp.issparse(X):
         _check_sparse(estimator, X, family)

@@ -980,7 +980,7 @@ def test_shares_of_predictors_far_out():
 def test_a_model_that_is_worse_than_its_intercept_says_so(monkeypatch):
     X = sample("bernoulli", n=60)
     nothing = torch.zeros(2, dtype=torch.float64)
-    monkeypatch.setattr(expfam_base, "explained_deviance", lambda *_: (nothing, -0.5))
+    monkeypatch.setattr(expfam_base, "explained_deviance", lambda *_: (nothing, -0.5, 1.0))
     model = ExpFamilyDEQ(2, family="bernoulli", weight_decay=0.1, random_state=0)
     with pytest.warns(ConvergenceWarning, match="explain less than none.*weight_decay=0.1"):
         model.fit(X)
@@ -1029,3 +1029,40 @@ def test_steps_of_minibatches_shrink_to_the_end():
         curve = np.array(model.fit(X).loss_curve_)
     changes = np.abs(np.diff(curve))
     assert changes[-3:].max() < 0.1 * changes[15:20].max()
+
+
+def test_without_an_optimum_a_fit_says_so_once():
+    X = (np.random.default_rng(0).random((200, 12)) < 0.5).astype(float)
+    model = ExpFamilyDEQ(2, family="bernoulli", weight_decay=0, random_state=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X)
+    assert len(caught) == 1
+    assert "no finite optimum" in str(caught[0].message)
+    assert not model.converged_
+    assert ExpFamilyDEQ(2, weight_decay=0, random_state=0).fit(1e3 * X).converged_
+
+
+def test_masked_entries_are_missing():
+    X = sample("poisson").astype(int)
+    mask = np.random.default_rng(0).random(X.shape) < 0.2
+    gaps = np.where(mask, np.nan, X)
+    masked = np.ma.array(X, mask=mask)
+    fitted = model().fit(masked)
+    np.testing.assert_array_equal(fitted.loadings_, model().fit(gaps).loadings_)
+    np.testing.assert_array_equal(fitted.transform(masked), fitted.transform(gaps))
+
+
+@pytest.mark.parametrize("method", ["fit", "fit_transform", "transform", "partial_fit"])
+def test_warnings_point_at_the_line_of_the_caller(method):
+    X = sample("poisson")
+    fitted = model(max_iter=1, fixed_point_max_iter=1, tol=0.0)
+    if method in ("transform", "partial_fit"):
+        with pytest.warns(ConvergenceWarning):
+            fitted.fit(X)
+    if method == "partial_fit":
+        X = X.astype(np.float32)
+        fitted = model(weight_decay=1e6)
+    with pytest.warns(ConvergenceWarning) as caught:
+        getattr(fitted, method)(X)
+    assert {one.filename for one in caught} == {__file__}

@@ -9,6 +9,7 @@ import torch
 from scipy import integrate, stats
 from sklearn.metrics import log_loss, mean_gamma_deviance, mean_poisson_deviance
 
+from skdeq._canonical import through
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -24,6 +25,7 @@ from skdeq.families import (
     NegativeBinomial,
     Poisson,
     Rademacher,
+    Tanh,
     get_canonical_map,
     get_family,
 )
@@ -640,6 +642,13 @@ def test_parameters_tell_families_apart():
     assert eval(repr(NegativeBinomial(0.3))) == NegativeBinomial(0.3)
     assert repr(Binomial(n_trials=10)) == "Binomial(n_trials=10)"
     assert repr(Poisson()) == "Poisson()"
+
+
+def test_base_and_map_tell_families_apart():
+    one = through(NegativeBinomial(1.0), Tanh())
+    assert one == through(NegativeBinomial(1.0), Tanh())
+    assert one != through(NegativeBinomial(5.0), Tanh())
+    assert repr(one) == "MappedFamily(base=NegativeBinomial(dispersion=1.0), canonical_map=Tanh())"
 
 
 def test_interval():

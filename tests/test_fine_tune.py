@@ -13,8 +13,9 @@ from conftest import CUDA, sample
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.model_selection import GridSearchCV, cross_validate, train_test_split
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
 from skdeq.families import Binomial, Poisson
@@ -526,3 +527,33 @@ def test_devices_agree(device):
     expected = classifier(max_iter=3, device="cpu").fit(X, label)
     fitted = classifier(max_iter=3, device=device).fit(X, label)
     np.testing.assert_allclose(fitted.predict_proba(X), expected.predict_proba(X), atol=1e-4)
+
+
+def test_a_frozen_backbone_survives_cloning():
+    X, label, _ = data()
+    everything = np.concatenate([X, sample("poisson", n=600, p=12, seed=0)])
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(everything)
+    network = DEQClassifier(FrozenEstimator(backbone), max_iter=2, fine_tune=False, random_state=0)
+    found = cross_validate(network, X, label, cv=3, return_estimator=True)
+    for one in found["estimator"]:
+        np.testing.assert_array_equal(one.backbone_.loadings_, backbone.loadings_)
+    tuned = clone(network).set_params(fine_tune=True, warm_start=True).fit(X, label).fit(X, label)
+    assert not np.array_equal(tuned.backbone_.loadings_, backbone.loadings_)
+    with pytest.raises(ValueError, match="FrozenEstimator of LogisticRegression"):
+        DEQClassifier(FrozenEstimator(LogisticRegression())).fit(X, label)
+    with pytest.raises(NotFittedError):
+        DEQClassifier(FrozenEstimator(ExpFamilyDEQ())).fit(X, label)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_fits_where_the_caller_wants_no_gradients(context):
+    X, label, _ = data()
+    expected = classifier(max_iter=2).fit(X, label)
+    with context():
+        rows = torch.from_numpy(X)
+        found = classifier(max_iter=2).fit(rows, label)
+        found.partial_fit(rows, label)
+        deep = ExpFamilyDEQ(2, hidden_layer_sizes=(3,), max_iter=2).fit(rows)
+        assert deep.partial_fit(rows).transform(rows).shape == (400, 2)
+        found = classifier(max_iter=2).fit(rows, label)
+    np.testing.assert_array_equal(found.coefs_[0], expected.coefs_[0])

@@ -856,3 +856,16 @@ def test_without_matplotlib_the_message_names_it(display, model, counts, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=f"{display.__name__}.from_estimator requires matpl"):
         draw(display, model, counts, None, None)
+
+
+def test_components_of_kernels_are_their_places():
+    X = (load_digits().data[:150] > 7).astype(float)
+    options = {"loadings": "conv2d", "image_shape": (8, 8), "stride": 2, "random_state": 0}
+    model = ExpFamilyDEQ(2, family="bernoulli", max_iter=5, tol=1.0, **options).fit(X)
+    display = ComponentsDisplay.from_estimator(model, image_shape=(8, 8))
+    places = len(model.components_) // 2
+    assert len(display.titles) == 2 * places
+    for kernel, share in enumerate(model.explained_deviance_ratio_):
+        for place in (0, places - 1):
+            title = display.titles[kernel * places + place]
+            assert title == f"Component {kernel}, place {place}\n{share:.1%} at all places"

@@ -214,3 +214,20 @@ def test_batches_of_any_source(name, source, tmp_path):
                 np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-7)
             else:
                 assert actual.tobytes() == value.tobytes(), attribute
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"family": "gaussian"}, {"alpha": 2.0}, {"exposure": "total"}, {"n_components": 3}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_stream_does_not_go_on_with_another_model(change):
+    X = sample("poisson")
+    stream = backbone().partial_fit(X).partial_fit(X)
+    before = stream.loadings_.copy()
+    stream.set_params(**change)
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"{name}=.* partial_fit goes on .* call fit to start"):
+        stream.partial_fit(X)
+    np.testing.assert_array_equal(stream.loadings_, before)
+    assert not stream.converged_
