@@ -165,8 +165,8 @@ class ExpFamilyDEQ(
 
     fixed_point : {"auto", "newton", "anderson", "picard"}, default="auto"
         Solver of the latents, see :mod:`skdeq.fixed_point`. "auto" is "newton" for up to 16
-        components, for Poisson, negative binomial and gamma data, and through any canonical map
-        but the identity; else "anderson", with
+        components, for Poisson, negative binomial and gamma data, with hidden layers, and through
+        any canonical map but the identity; else "anderson", with
         "newton" for the rows it does not solve.
 
     fixed_point_max_iter : int, default=50
@@ -174,7 +174,8 @@ class ExpFamilyDEQ(
 
     fixed_point_tol : float, default=1e-6
         A row is solved once the largest entry of ``|f(z) - z|``, in units of a diagonal Newton
-        step and relative to ``1 + max |z|``, is at most this.
+        step and relative to ``1 + max |z|``, is at most this, and the squared Newton decrement,
+        twice what its objective still has to fall, is as well.
 
     warm_start : bool, default=False
         Whether `fit` starts from the loadings of the last fit, if their shapes agree.
@@ -347,7 +348,8 @@ class ExpFamilyDEQ(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights; integer weights equal repeated rows.
+            Non-negative weights; integer weights equal repeated rows, with ``solver="adam"`` as
+            long as these fit into one minibatch.
 
         Returns
         -------
@@ -377,7 +379,8 @@ class ExpFamilyDEQ(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights; integer weights equal repeated rows.
+            Non-negative weights; integer weights equal repeated rows, with ``solver="adam"`` as
+            long as these fit into one minibatch.
 
         Returns
         -------
@@ -603,7 +606,7 @@ class ExpFamilyDEQ(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights.
+            Non-negative weights, of which only the ratios within the batch count.
 
         Returns
         -------

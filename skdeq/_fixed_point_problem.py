@@ -28,13 +28,13 @@ class FixedPointResult:
     value : Tensor or ndarray of shape (n_rows, r)
         The solutions.
     residual : Tensor or ndarray of shape (n_rows,)
-        Scaled residual or squared Newton decrement, whichever is larger, of the returned value, or
-        a bound of it that is within the tolerance, or, with Newton's method, that of the point one
-        step before. It is 0 where the decrement is no more than rounding makes of it.
+        The larger of scaled residual and squared Newton decrement. It is that of the value
+        returned or, with Newton's method, of the point one step before; of a row that is solved
+        it may be an upper bound. It is 0 where only rounding is left of the decrement.
     converged : Tensor or ndarray of shape (n_rows,)
         Whether the residual is within the tolerance.
     n_iter : Tensor or ndarray of shape (n_rows,)
-        Iterations that each row took part in.
+        Iterations until each row was solved. Newton's method takes one more step, unseen.
     layers : tuple of Tensor or ndarray of shape (n_rows, r_l)
         The unknowns of each layer, from the data to the top, where there are several layers: a
         view of `value`. With one layer it is `value` alone.
