@@ -99,9 +99,8 @@ class _Descent:
         if self._n_open > CROWDED * len(self.rows):
             return None
         stay = self._open.nonzero().squeeze(1)
-        for name in ("_places", "_open", "z", "damping", "gradient", "failed"):
-            setattr(self, name, getattr(self, name)[stay])
-        for name in ("_best", "_size", "_residual"):
+        at_work = ("z", "gradient", "damping", "failed")
+        for name in ("_places", "_open", "_best", "_size", "_residual", *at_work):
             setattr(self, name, getattr(self, name)[stay])
         self.problem = self.problem.select(stay)
         self.rows = torch.arange(self._n_open, device=stay.device)

@@ -67,13 +67,11 @@ class CompressedRows:
         return *places, None if bare else torch.from_numpy(columns.data)
 
     def _transposed_by_torch(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        n, p = self.shape
+        p = self.shape[1]
         order = torch.argsort(self.indices, stable=True)
         counts = torch.bincount(self.indices, minlength=p)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(self.indptr.dtype)
-        rows = torch.arange(n, dtype=self.indices.dtype, device=self.device)
-        rows = torch.repeat_interleave(rows, self.indptr.diff())[order]
-        return ends, rows, None if self.values is None else self.values[order]
+        return ends, self.row_numbers()[order], None if self.values is None else self.values[order]
 
     def double(self) -> "CompressedRows":
         """Return the same in float64."""
@@ -90,6 +88,17 @@ class CompressedRows:
     def _each(self, function: Callable[[Tensor], Tensor]) -> "CompressedRows":
         values = None if self.values is None else function(self.values)
         return CompressedRows(function(self.indptr), function(self.indices), values, self.shape)
+
+    def row_numbers(self) -> Tensor:
+        """Row of every stored entry."""
+        rows = torch.arange(self.shape[0], dtype=self.indices.dtype, device=self.device)
+        return torch.repeat_interleave(rows, self.indptr.diff())
+
+    def with_values(self, values: Tensor, transposed: Tensor) -> "CompressedRows":
+        """Return other values in the same places; those of the transpose are known, too."""
+        result = replace(self, values=values)
+        result.__dict__["T"] = replace(self.T, values=transposed)
+        return result
 
     def slice(self, start: int, stop: int) -> "CompressedRows":
         """Return the rows ``start:stop``, sharing memory."""
@@ -112,19 +121,15 @@ class CompressedRows:
         """Dense matrix, written to ``out`` if given; entries that occur once each."""
         if out is None:
             out = self.values.new_empty(self.shape)
-        rows = torch.repeat_interleave(
-            torch.arange(self.shape[0], device=out.device), self.indptr.diff()
-        )
         out.zero_()
-        out[rows, self.indices.long()] = self.values.to(out.dtype)
+        out[self.row_numbers().long(), self.indices.long()] = self.values.to(out.dtype)
         return out
 
     def places(self, start: int, stop: int) -> Tensor:
         """Return the stored places of the rows ``start:stop`` as a boolean matrix."""
-        part = self.indptr[start : stop + 1]
-        rows = torch.repeat_interleave(torch.arange(stop - start, device=part.device), part.diff())
-        mask = torch.zeros(stop - start, self.shape[1], dtype=torch.bool, device=part.device)
-        mask[rows, self.indices[part[0] : part[-1]].long()] = True
+        part = self.slice(start, stop)
+        mask = torch.zeros(part.shape, dtype=torch.bool, device=self.device)
+        mask[part.row_numbers().long(), part.indices.long()] = True
         return mask
 
 
@@ -212,8 +217,7 @@ class Observations:
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """T(x) of some rows as a dense matrix (stop - start, p)."""
         if isinstance(self.values, CompressedRows):
-            index = torch.arange(start, stop, device=self.device)
-            return self.values.take(index).to_dense()
+            return self.values.slice(start, stop).to_dense()
         return self.values[start:stop]
 
     def missing_rows(self, start: int, stop: int) -> Tensor | Any:

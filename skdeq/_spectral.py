@@ -154,9 +154,10 @@ class _SparseResiduals(_Residuals):
     def _average(self) -> Tensor:
         observations = self.observations
         values: Any = observations.values
-        moved = self._moved(values, self.exposure, self.mean)
-        # The transpose from that of the data, which is at hand: its places are the same.
-        moved.__dict__["T"] = self._moved(values.T, self.mean, self.exposure)
+        moved = values.with_values(
+            self._moved(values, self.exposure, self.mean),
+            self._moved(values.T, self.mean, self.exposure),
+        )
         self._entries = replace(observations, values=moved)
         weight = self.weight.unsqueeze(1)
         counts = self.weight.sum().expand(len(self.mean))
@@ -164,7 +165,7 @@ class _SparseResiduals(_Residuals):
             counts = counts - observations.T.missing_product(weight).squeeze(1)
         return self._mean_of((self._entries.T @ weight).squeeze(1), counts)
 
-    def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> CompressedRows:
+    def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> Tensor:
         # Not in parts put together, which would be in memory twice.
         result = torch.empty_like(places.values)
         # Where the places are, which may be the host.
@@ -180,7 +181,7 @@ class _SparseResiduals(_Residuals):
         n = places.shape[0]
         width = max(1, len(result) // max(n, 1))
         map_chunks(work, n, max(1, tile_entries(result) // width), result.device)
-        return replace(places, values=result)
+        return result
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return R M."""

@@ -6,8 +6,8 @@ from types import FrameType
 
 __all__ = ["warn"]
 
-# Between the user and us: `set_output` and the validation of parameters wrap every method.
-_BETWEEN = {"skdeq", "sklearn", "torch", "joblib", "contextlib"}
+# Between the user and us: wrappers of methods, and what reads saved models.
+_BETWEEN = {"skdeq", "sklearn", "torch", "joblib", "skops", "contextlib", "copy", "pickle"}
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -18,6 +18,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One core for each worker; more threads than cores hold each other up.
     torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let what a test draws from the global generators be the same in every run."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002, random_state=None is that generator
+
+
 CUDA = pytest.param(
     "cuda",
     marks=[

@@ -1,6 +1,8 @@
 """ExpFamilyDEQ against PCA, ridge GLMs and the normal law; data of every kind."""
 
 import pickle
+import subprocess
+import sys
 import warnings
 
 import joblib
@@ -436,6 +438,7 @@ def test_exposure_takes_out_the_size_of_rows():
     # A row's size factor is its own: the mean at unit exposure ignores it.
     doubled = offset.inverse_transform(offset.transform(2 * counts[:5]))
     once = offset.inverse_transform(offset.transform(counts[:5]))
+    # Not the same: twice the counts say more of the row, and the prior less.
     np.testing.assert_allclose(doubled, once, rtol=0.3)
 
 
@@ -878,7 +881,7 @@ def test_verbose_prints_a_line_for_each_iteration(capsys):
     assert "objective" in lines[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", [CUDA])
 def test_devices_agree(device):
     X = sample("poisson", n=300, p=20)
     reference = model(device="cpu").fit(X)
@@ -890,21 +893,27 @@ def test_devices_agree(device):
 
 def test_memory_stays_within_the_chunks():
     # The latents and loadings of 4 MB; the predictors of all rows at once would be 80 MB.
-    resource = pytest.importorskip("resource")
-    X = sp.random_array((20_000, 500), density=0.02, format="csr", rng=0, dtype=np.float64)
-    X.data = np.ceil(3 * X.data)
-    deq = ExpFamilyDEQ(3, family="poisson", max_iter=2, tol=0, random_state=0)
-    warnings.simplefilter("ignore", ConvergenceWarning)
-    deq.fit(X[:2000])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        deq.fit(X)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 256 * 1024
+    pytest.importorskip("resource")
+    # In a process of its own, whose peak is not that of a test before.
+    code = """
+import resource, warnings
+import numpy as np, scipy.sparse as sp
+from skdeq import ExpFamilyDEQ
+warnings.simplefilter("ignore")
+X = sp.random(20_000, 500, density=0.02, format="csr", random_state=0)
+X.data = np.ceil(3 * X.data)
+deq = ExpFamilyDEQ(3, family="poisson", max_iter=2, tol=0, random_state=0).fit(X[:2000])
+peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+deq.fit(X)
+peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown = int(run.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < 64 * 2**20
 
 
-def test_iris_like_user_defined_family():
+def test_a_family_of_the_users_own_has_the_model_of_its_twin():
     from skdeq.families import Family, Interval
 
     class Exponential(Family):

@@ -521,7 +521,7 @@ def test_verbose_prints_a_line_for_each_epoch(capsys):
     assert len([line for line in lines if line.startswith("[DEQClassifier] epoch")]) == 3
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", [CUDA])
 def test_devices_agree(device):
     X, label, _ = data()
     expected = classifier(max_iter=3, device="cpu").fit(X, label)
