@@ -14,7 +14,7 @@ from skdeq._version import __version__
 from skdeq._warn import warn
 
 __all__ = [
-    "SkdeqManners",
+    "VersionedMixin",
     "detached",
     "host_array",
     "numpy_dtype",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class SkdeqManners:
+class VersionedMixin:
     """What every estimator here has beside scikit-learn's: a documentation link, and versions.
 
     A pickle is stamped with the version of skdeq, and another version warns when it reads it.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
 from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
@@ -77,8 +78,10 @@ class LatentVariableEstimator(FittedLatents):
 
     def _fit(self, X, sample_weight, progress: Progress):
         sizes = self._sizes()
+        n_given = _num_samples(X)
         X, setting, profile = self._training(X, sample_weight, reset=True)
         n, p = X.shape
+        found = f"n_samples={n}{' with positive weight' if n < n_given else ''}, n_features={p}"
         convolution = setting.convolution
         if convolution is not None and convolution.n_pixels != p:
             raise ValueError(
@@ -96,12 +99,11 @@ class LatentVariableEstimator(FittedLatents):
         if sizes[0] > min(n, p) and len(sizes) > 1:
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
-                f"min(n_samples, n_features)={min(n, p)} (n_samples={n}, n_features={p})."
+                f"min(n_samples, n_features)={min(n, p)} ({found})."
             )
         if k > min(n, p) and convolution is None:
             raise ValueError(
-                f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} "
-                f"(n_samples={n}, n_features={p})."
+                f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} ({found})."
             )
         generator = seeded_generator(self.random_state)
         previous = None

@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
 
 from skdeq._architecture import Architecture, describe
-from skdeq._base import SkdeqManners, host_array, returned, stream_batch, to_tensor
+from skdeq._base import VersionedMixin, host_array, returned, stream_batch, to_tensor
 from skdeq._chunks import parallel_chunks
 from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
@@ -39,12 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpFamilyDEQ"]
 
-_HIDDEN_MAPS = ("identity", "relu", "softplus", "tanh")
-
 
 class ExpFamilyDEQ(
     CallbackSupportMixin,
-    SkdeqManners,
+    VersionedMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     LatentVariableEstimator,
@@ -257,7 +255,8 @@ class ExpFamilyDEQ(
         "family": [str, Family],
         "canonical_map": [StrOptions(set(CANONICAL_MAPS)), CanonicalMap],
         "hidden_layer_sizes": ["array-like"],
-        "hidden_map": [StrOptions(set(_HIDDEN_MAPS))],
+        # Not objects: the solvers of hierarchies take it that slopes are at most one.
+        "hidden_map": [StrOptions(set(CANONICAL_MAPS))],
         "loadings": [StrOptions({"dense", "conv2d"})],
         "image_shape": ["array-like", None],
         "kernel_size": [Interval(Integral, 1, None, closed="left"), "array-like"],

@@ -90,7 +90,8 @@ _ATTRIBUTES = """
     ----------
     backbone_ : ExpFamilyDEQ
         The backbone as trained; its `transform` gives the features. After fine-tuning it has no
-        `explained_deviance_ratio_`.
+        `explained_deviance_ratio_`; its `loss_curve_`, `n_iter_` and `converged_` are those of
+        its own fit.
     coefs_ : list of ndarray of shape (n_in, n_out)
         Weights of the head's layers.
     intercepts_ : list of ndarray of shape (n_out,)

@@ -18,7 +18,7 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import SkdeqManners, host_array, resolve_device
+from skdeq._base import VersionedMixin, host_array, resolve_device
 from skdeq._chunks import parallel_chunks
 from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
@@ -65,7 +65,7 @@ class ScoredOnHost:
 _SLOWER = 3
 
 
-class FineTuned(CallbackSupportMixin, SkdeqManners, BaseEstimator):
+class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
 
     loss_curve_: list[float]

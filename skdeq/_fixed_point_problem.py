@@ -13,6 +13,7 @@ __all__ = [
     "FixedPointResult",
     "certified_residual",
     "effective_tolerance",
+    "scaled_residual",
 ]
 
 # Share of the rows at work beyond which solved ones are not worth taking out.
@@ -100,6 +101,25 @@ class FixedPointProblem(Protocol):
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
         """Where a full Newton step is known to decrease the objective, bool (m,)."""
+
+
+def scaled_residual(gradient: Tensor, z: Tensor, stiffness: Tensor) -> Tensor:
+    r"""Largest entry of ``|f(z) - z|`` in units of a diagonal Newton step, (m,).
+
+    The raw residual ``gradient / penalty`` has no scale: with a weak prior it is huge at points
+    that are exact to the last digit. Dividing by the mean stiffness instead of the penalty, and
+    by ``1 + max |z|``, makes it an estimate of the relative error of z.
+
+    Parameters
+    ----------
+    gradient, z : Tensor of shape (m, r)
+    stiffness : Tensor of shape (m,)
+        Penalty plus curvature, averaged over the unknowns.
+    """
+    scale = stiffness * (1 + z.abs().amax(1))
+    residual = gradient.abs().amax(1) / scale
+    # Outside the domain the curvature is infinite, and nothing is solved.
+    return torch.where(torch.isfinite(scale), residual, torch.inf)
 
 
 def certified_residual(residual: Tensor, decrement: Tensor, rounding: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from skdeq._canonical import through
 from skdeq._family import CanonicalMap, Family
-from skdeq._fixed_point_problem import certified_residual
+from skdeq._fixed_point_problem import certified_residual, scaled_residual
 from skdeq._map_problem import MapProblem
 from skdeq.families import Gaussian
 
@@ -218,9 +218,7 @@ class HierarchyProblem:
         for square, (_, _, _, curvature) in zip(self._squares, energies, strict=True):
             sizes.append(self.alpha * (curvature @ square))
         for piece, part, size in zip(pieces, parts, sizes, strict=True):
-            scale = (self.alpha + size / part.shape[1]) * (1 + part.abs().amax(1))
-            residual = piece.abs().amax(1) / scale
-            residuals.append(torch.where(torch.isfinite(scale), residual, torch.inf))
+            residuals.append(scaled_residual(piece, part, self.alpha + size / part.shape[1]))
         return torch.stack(residuals).amax(0)
 
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:

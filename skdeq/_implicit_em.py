@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
-    SkdeqManners,
+    VersionedMixin,
     numpy_dtype,
     resolve_device,
     returned,
@@ -57,7 +57,7 @@ __all__ = ["ImplicitEMEncoder"]
 
 class ImplicitEMEncoder(
     CallbackSupportMixin,
-    SkdeqManners,
+    VersionedMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     BaseEstimator,

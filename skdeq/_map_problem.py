@@ -20,7 +20,7 @@ from torch import Tensor
 
 from skdeq._chunks import tile_entries
 from skdeq._family import Family
-from skdeq._fixed_point_problem import certified_residual
+from skdeq._fixed_point_problem import certified_residual, scaled_residual
 from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
@@ -331,17 +331,8 @@ class MapProblem:
         return gradient.sub_(self._of(self.projection, rows))
 
     def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
-        r"""Largest entry of ``|f(z) - z|`` in units of a diagonal Newton step.
-
-        The raw residual ``gradient / penalty`` has no scale: with a weak prior it is huge at
-        points that are exact to the last digit. Dividing by the mean curvature instead of the
-        penalty, and by ``1 + max |z|``, makes it an estimate of the relative error of z.
-        """
         curvature = (curvature / self.r).clamp_min(self._least)
-        scale = (self.penalty.mean() + curvature) * (1 + z.abs().amax(1))
-        residual = gradient.abs().amax(1) / scale
-        # Outside the domain the curvature is infinite, and nothing is solved.
-        return torch.where(torch.isfinite(scale), residual, torch.inf)
+        return scaled_residual(gradient, z, self.penalty.mean() + curvature)
 
     def _adapt(self, rows: Tensor, size: Tensor) -> None:
         if self._map is not None:

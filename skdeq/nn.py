@@ -234,6 +234,8 @@ class EquilibriumLayer(nn.Module):
 
     def _attached(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, FixedPointResult]:
         """Latents of rows as :meth:`forward` returns them, and their certificates, unwarned."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}.")
         # In fewer digits than the loadings have, the residuals that certify would be false.
         with torch.autocast(x.device.type, enabled=False):
             batch = self._batch(x)

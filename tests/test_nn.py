@@ -365,4 +365,6 @@ def test_bad_arguments_are_refused_in_words():
         EquilibriumLayer(4, 2, fixed_point="picard")
     with pytest.raises(ValueError, match=r"x must have shape \(n, 4\); got \(3, 5\)"):
         EquilibriumLayer(4, 2)(torch.ones(3, 5))
+    with pytest.raises(TypeError, match="x must be a tensor; got ndarray"):
+        EquilibriumLayer(4, 2)(np.ones((3, 4)))
     assert "family=Gamma(shape=1.0)" in repr(EquilibriumLayer(4, 2, family="gamma"))

@@ -55,3 +55,11 @@ def test_weights_that_may_not_be_written_to():
     # Any warning, such as torch's of such arrays, is an error.
     found = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X, sample_weight=weight)
     np.testing.assert_array_equal(found.loadings_, expected.loadings_)
+
+
+def test_too_few_rows_of_positive_weight_are_named():
+    X = sample("poisson")
+    weight = np.zeros(len(X))
+    weight[3] = 1
+    with pytest.raises(ValueError, match="n_samples=1 with positive weight, n_features=9"):
+        ExpFamilyDEQ(2, family="poisson").fit(X, sample_weight=weight)
