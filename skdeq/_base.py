@@ -18,7 +18,6 @@ __all__ = [
     "detached",
     "host_array",
     "numpy_dtype",
-    "out_of_inference_mode",
     "resolve_device",
     "returned",
     "seeded_generator",
@@ -54,16 +53,6 @@ class VersionedMixin:
                 UserWarning,
             )
         super().__setstate__(state)
-
-
-@contextmanager
-def out_of_inference_mode() -> Iterator[None]:
-    """Work on tensors that may have gradients, though the caller wants none."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 @contextmanager
@@ -143,7 +132,8 @@ def detached(values: Tensor, name: str) -> Tensor:
             f"{name}.detach(), or use skdeq.nn.EquilibriumLayer, which has one."
         )
     values = values.detach()
-    return values.clone() if values.is_inference() else values
+    outside = values.is_inference() and not torch.is_inference_mode_enabled()
+    return values.clone() if outside else values
 
 
 def host_array(values, name: str):

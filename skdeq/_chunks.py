@@ -76,6 +76,19 @@ def chunk_bounds(n_rows: int, size: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """Work on tensors that may have gradients, though the caller wants none.
+
+    Threads of a pool do not inherit the mode, and may not write to tensors of it.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def parallel_chunks() -> Iterator[None]:
     """Let the calls of :func:`map_chunks` inside share one pool of threads.
 
@@ -103,7 +116,8 @@ def parallel_chunks() -> Iterator[None]:
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
         _local.inside, _local.pool, _local.halvings = True, pool, 0
-        yield
+        with out_of_inference_mode():
+            yield
     finally:
         _local.inside, _local.pool, _local.halvings = False, None, 0
         try:

@@ -71,20 +71,21 @@ def _home(size: int, at: torch.device, device: torch.device) -> torch.device:
     return at if stay else device
 
 
-def to_observations(X, family: Family, device: torch.device) -> Observations:
+def to_observations(X, family: Family, device: torch.device, copies: int = 1) -> Observations:
     """Sufficient statistics of validated data for a device; dense floats are shared, not copied.
 
-    They go to the device, or stay where they are if they would fill half of what it has free.
+    They go to the device, or stay where they are if so many copies of them would fill half of
+    what it has free.
     """
     values: Tensor | CompressedRows
     missing: Tensor | CompressedRows | None
     if sp.issparse(X):
         # The transpose is wanted as well.
         size = 2 * (X.data.nbytes + X.indices.nbytes)
-        home = _home(size, torch.device("cpu"), device)
+        home = _home(copies * size, torch.device("cpu"), device)
         values, missing = _sparse_observations(X, family, home)
     else:
-        home = _home(X.nbytes, X.device, device)
+        home = _home(copies * X.nbytes, X.device, device)
         rows, missing = X.to(home), None
         if missing_per_column(rows).any():
             missing = torch.isnan(rows)

@@ -300,7 +300,8 @@ class ComponentsDisplay:
 def _titles(step: Any, indices: np.ndarray, n_rows: int, say_of_what: bool) -> list[str]:
     """Name components and the share that each explains; of kernels, every place."""
     explained = explained_ratio(step)
-    n_places = 1 if explained is None else n_rows // len(explained[0])
+    kernels = getattr(step, "kernels_", None)
+    n_places = 1 if kernels is None else n_rows // len(kernels)
     titles = []
     for index in indices:
         component, place = divmod(int(index), n_places)

@@ -11,7 +11,12 @@ from sklearn.utils.validation import _num_samples
 from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
 from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
-from skdeq._expfam_layout import changed_parameters, refuse_changes
+from skdeq._expfam_layout import (
+    changed_parameters,
+    parameters_of_the_model,
+    refuse_changes,
+)
+from skdeq._family import Family
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
@@ -50,10 +55,21 @@ __all__ = ["LatentVariableEstimator"]
 _ENDLESS = 100.0
 
 
+def _may_be_endless(family: Family) -> bool:
+    """Whether canonical parameters are logits or logarithms, so that infinite ones say something.
+
+    Where the density grows without bound at an end of the support, finite ones may be large.
+    """
+    law = family.is_canonical and family.domain.is_real_line and not family.unbounded_at
+    return law and bool(family.self_concordance)
+
+
 class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     _adam: dict[str, Any] | None
+    # What the model was fitted as; saved by an older version, it does not know.
+    _fitted_as: dict[str, Any] | None = None
     _to_scores: np.ndarray
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
@@ -118,7 +134,7 @@ class LatentVariableEstimator(FittedLatents):
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
             estimator._n_batches = 0
-            estimator._fitted_as = estimator.get_params()
+            estimator._fitted_as = parameters_of_the_model(estimator.get_params())
 
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
@@ -189,8 +205,9 @@ class LatentVariableEstimator(FittedLatents):
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
         # A predictor that large says the same as an infinite one, whatever the tolerance.
-        endless = self.weight_decay == 0 and setting.family.domain.is_real_line
-        self._is_endless = endless and largest > _ENDLESS
+        self._is_endless = (
+            self.weight_decay == 0 and _may_be_endless(setting.family) and largest > _ENDLESS
+        )
         self.converged_ = trace.converged and not self._is_endless
 
     def _keep(
@@ -297,7 +314,8 @@ class LatentVariableEstimator(FittedLatents):
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)
         check_stream_type(X, self.loadings_)
-        refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
+        if self._fitted_as is not None:
+            refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)

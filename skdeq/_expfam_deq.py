@@ -552,7 +552,7 @@ class ExpFamilyDEQ(
         Returns
         -------
         skdeq.nn.EquilibriumLayer
-            In float64 or float32 as the model was fitted, on the CPU.
+            In float64 or float32, whichever the model is worked on in, on the CPU.
         """
         check_is_fitted(self)
         # Here and not above: it imports torch's compiler, which takes as long as all the rest.
@@ -573,7 +573,8 @@ class ExpFamilyDEQ(
                 tol=self.fixed_point_tol,
                 max_iter=self.fixed_point_max_iter,
             )
-        layer.to(to_tensor(self.loadings_).dtype)
+        # Where float32 has too few digits for the data it has for the layer's certificates.
+        layer.to(torch.float64 if self._in_double else to_tensor(self.loadings_).dtype)
         layers = [(self.loadings_, self.intercept_), *self._hidden()]
         for (loadings, intercept), arrays in zip(layer.pairs(), layers, strict=True):
             loadings.data.copy_(to_tensor(arrays[0]))
@@ -605,7 +606,8 @@ class ExpFamilyDEQ(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights, of which only the ratios within the batch count.
+            Non-negative weights: the step depends on their ratios within the batch, and their sum
+            is what the batch counts in the axes of the scores.
 
         Returns
         -------

@@ -40,9 +40,11 @@ class FittedLatents(LatentLayout):
             offset = factors.to(device, to_tensor(np.empty(0, numpy_dtype(X))).dtype)
         if sample_weight is not None:
             sample_weight = to_tensor(sample_weight, device)
+        # In float64 they are twice as large, and for a while there beside those in float32.
+        copies = 3 if self._in_double else 1
         setting = Setting(
             family=family,
-            observations=to_observations(X, family, device),
+            observations=to_observations(X, family, device, copies),
             alpha=float(self.alpha),
             weight_decay=float(self.weight_decay),
             sample_weight=sample_weight,

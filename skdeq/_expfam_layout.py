@@ -1,5 +1,6 @@
 """What the parameters of ExpFamilyDEQ say of its law and its layers, before there are data."""
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral
@@ -13,12 +14,24 @@ from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
 from skdeq.families import get_canonical_map, get_family
 
-__all__ = ["LatentLayout", "changed_parameters", "refuse_changes"]
+__all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model", "refuse_changes"]
 
 
 def _as_tuple(value: Any) -> tuple:
     """Return one value, or several in whichever kind of sequence, as a tuple."""
     return tuple(np.ravel(value).tolist())
+
+
+def _as_pair(value: Any) -> tuple:
+    """Return the sides of a kernel, of which one stands for both."""
+    sides = _as_tuple(value)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def _as_image(value: Any) -> tuple:
+    """Return channels, height and width, of which the channels may be left out."""
+    shape = _as_tuple(value)
+    return (1, *shape) if len(shape) == 2 else shape
 
 
 # Parameters that make another model, and as what they are compared.
@@ -29,13 +42,18 @@ _OF_THE_MODEL: dict[str, Callable] = {
     "hidden_layer_sizes": _as_tuple,
     "hidden_map": get_canonical_map,
     "loadings": _as_tuple,
-    "image_shape": _as_tuple,
-    "kernel_size": _as_tuple,
+    "image_shape": _as_image,
+    "kernel_size": _as_pair,
     "stride": _as_tuple,
     "exposure": _as_tuple,
     "alpha": _as_tuple,
 }
 _OF_CONVOLUTIONS = ("image_shape", "kernel_size", "stride")
+
+
+def parameters_of_the_model(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Copy those of an estimator's parameters that make another model."""
+    return {name: copy.deepcopy(parameters[name]) for name in _OF_THE_MODEL}
 
 
 def changed_parameters(asked: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

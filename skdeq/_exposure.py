@@ -14,6 +14,8 @@ __all__ = ["exposure_offset", "log_exposure"]
 # A row without any count says nothing of its size. This share of the mean exposure keeps its
 # logarithm finite and its expected counts negligible.
 _LEAST_EXPOSURE = 1e-6
+# Share of the weight of all rows in which a column has to be seen.
+_LEAST_SEEN = 1e-9
 
 
 def log_exposure(total: Tensor, expected: Tensor, whole: Tensor) -> Tensor:
@@ -59,8 +61,12 @@ def exposure_offset(
     total, column = _sums_observed(X, weight)
     has_gaps = missing_per_column(X).any()
     if profile is None:
-        seen = weight.sum() - (missing_per_column(X, weight) if has_gaps else 0)
-        profile = column / np.maximum(seen, np.finfo(float).tiny)
+        seen = np.full(len(column), weight.sum())
+        if has_gaps:
+            seen -= missing_per_column(X, weight)
+        # What next to no weight has seen is no measure of a mean row.
+        told = seen > _LEAST_SEEN * weight.sum()
+        profile = np.divide(column, seen, out=np.zeros_like(column), where=told)
     whole = torch.tensor(profile.sum())
     expected = whole - to_tensor(_profile_of_gaps(X, profile)) if has_gaps else whole
     return log_exposure(to_tensor(total), expected, whole), profile

@@ -192,6 +192,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
 
     def _validated(self, X, y, sample_weight, *, reset: bool):
         self._check_head()
+        self._check_backbone()
         family = get_family((self._backbone() if reset else self.backbone_).family)
         y = self._check_y(host_array(y, "y"))
         X = check_observations(self, X, family, reset=reset)
@@ -234,16 +235,22 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
 
     def _backbone(self) -> ExpFamilyDEQ:
         backbone = self.backbone
-        if not isinstance(backbone, FrozenEstimator):
-            return ExpFamilyDEQ() if backbone is None else backbone
-        frozen = backbone.estimator
+        while isinstance(backbone, FrozenEstimator):
+            backbone = backbone.estimator
+        return backbone if isinstance(backbone, ExpFamilyDEQ) else ExpFamilyDEQ()
+
+    def _check_backbone(self) -> None:
+        frozen = self.backbone
+        if not isinstance(frozen, FrozenEstimator):
+            return
+        while isinstance(frozen, FrozenEstimator):
+            frozen = frozen.estimator
         if not isinstance(frozen, ExpFamilyDEQ):
             raise ValueError(
                 "backbone must be an ExpFamilyDEQ, or a FrozenEstimator of one; got a "
                 f"FrozenEstimator of {type(frozen).__name__}."
             )
         check_is_fitted(frozen)
-        return frozen
 
     def _pretrained(self, X, sample_weight, progress: Progress, seed: int) -> ExpFamilyDEQ:
         """Copy of the backbone, fitted."""
@@ -321,7 +328,9 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
 
             progress.store = FineTuned._store
             converged = trainer.fit(train, progress, score) or progress.stopped
-        self._store(trainer, going_on and stream)
+        # A backbone that was fitted before has seen more than this batch.
+        pooled = stream and (going_on or hasattr(self._backbone(), "components_"))
+        self._store(trainer, append=going_on and stream, pooled=pooled)
         if trainer.taken_back:
             warn(
                 f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
@@ -372,14 +381,14 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             np.arange(len(targets)), test_size=n_held_out, random_state=seed, stratify=strata
         )
 
-    def _store(self, trainer: HeadTrainer, append: bool = False) -> None:
+    def _store(self, trainer: HeadTrainer, append: bool = False, pooled: bool = False) -> None:
         head = trainer.head_arrays()
         if self.fine_tune:
             # Not in place: what went wrong later on could not be undone.
             self.backbone_ = copy.copy(self.backbone_)
             rows = trainer.rows
             self.backbone_._replace_parameters(
-                trainer.layer, rows.X, rows.sample_weight, of_stream=append
+                trainer.layer, rows.X, rows.sample_weight, of_stream=pooled
             )
         self.coefs_, self.intercepts_ = head.coefs, head.intercepts
         self._centre, self._scale = head.centre, head.scale

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skdeq._base import out_of_inference_mode, resolve_device, unchanged_on_error
+from skdeq._base import resolve_device, unchanged_on_error
+from skdeq._chunks import out_of_inference_mode
 
 __all__ = ["CallbackSupportMixin", "Progress", "training"]
 

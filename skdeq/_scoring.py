@@ -180,7 +180,7 @@ class Scoring:
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             amount, momentum = (momentum - 1) / following, following
             point = model.extrapolate(previous, amount) if amount > 0 else model
-            if not bool(domain.contains(point.intercept).all()):
+            if not (domain.is_real_line or bool(domain.contains(point.intercept).all())):
                 point, amount, momentum = model, 0.0, 1.0
             latents, objective = self._rows(point)
             last = self.loss_curve[-1] if self.loss_curve else torch.inf
@@ -249,18 +249,28 @@ class Scoring:
         limits = self.setting.intercept_limits
         if limits is None:
             return end
-        low, high = limits
-        out = (~((end[:, -1] >= low) & (end[:, -1] <= high))).nonzero().squeeze(1)
-        if not len(out):
-            return end
-        before, goal = start[out], end[out]
-        goal[:, -1].clamp_(low[out], high[out])
-        limit, length = problem.objective(before, out), torch.ones_like(goal[:, :1])
-        for _ in range(_MOST_CUTS):
-            worse = ~(problem.objective(torch.lerp(before, goal, length), out) <= limit)
-            length = torch.where(worse.unsqueeze(1), 0.5 * length, length)
-        length = torch.where(worse.unsqueeze(1), 0.0, length)
-        return end.index_copy(0, out, torch.lerp(before, goal, length))
+
+        def work(first: int, last: int) -> Tensor:
+            before, goal = start[first:last], end[first:last]
+            low, high = (limit[first:last] for limit in limits)
+            out = (~((goal[:, -1] >= low) & (goal[:, -1] <= high))).nonzero().squeeze(1)
+            if not len(out):
+                return goal
+            part = problem.chunk(first, last)
+            old, new = before[out], goal[out]
+            new[:, -1].clamp_(low[out], high[out])
+            most = part.objective(old, out)
+            length = torch.ones_like(new[:, :1])
+            for _ in range(_MOST_CUTS):
+                worse = ~(part.objective(torch.lerp(old, new, length), out) <= most)
+                if not bool(worse.any()):
+                    break
+                length = torch.where(worse.unsqueeze(1), 0.5 * length, length)
+            else:
+                length = torch.where(worse.unsqueeze(1), 0.0, length)
+            return goal.index_copy(0, out, torch.lerp(old, new, length))
+
+        return torch.cat(map_chunks(work, len(start), problem.chunk_rows(), start.device))
 
     def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
         """Variances along the design of one half, and whether all rows share them as they are."""

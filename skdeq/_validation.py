@@ -46,10 +46,7 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
         If an entry is infinite or outside the support, naming family, row and column; in
         fitting, also if a column has no observed entry.
     """
-    if isinstance(X, np.ma.MaskedArray):
-        # What scikit-learn would take for observed.
-        X = np.ma.filled(X.astype(np.result_type(X.dtype, np.float32)), np.nan)
-    X = _validated(estimator, X, _FLOATS, reset=reset)
+    X = _validated(estimator, _unmasked(X), _FLOATS, reset=reset)
     if sp.issparse(X):
         _check_sparse(estimator, X, family)
     else:
@@ -60,6 +57,13 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
     if reset:
         check_columns(estimator, X)
     return X
+
+
+def _unmasked(X):
+    """Make NaN of the masked entries of an array, which scikit-learn would take as they are."""
+    if not np.ma.is_masked(X):
+        return X
+    return np.ma.filled(X.astype(X.dtype if X.dtype in _FLOATS else np.float64), np.nan)
 
 
 def check_columns(estimator, X, rows: str = "rows") -> None:
@@ -119,7 +123,7 @@ def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
     ValueError
         If an entry is not finite, naming row and column, or there are too few rows.
     """
-    X = _validated(estimator, X, _ROW_TYPES, reset=reset, min_rows=min_rows)
+    X = _validated(estimator, _unmasked(X), _ROW_TYPES, reset=reset, min_rows=min_rows)
     values = to_tensor(X.data) if sp.issparse(X) else X
     # Rounding to infinity is possible, a finite sum of anything else is not.
     if not values.is_floating_point() or bool(torch.isfinite(values.sum())):

@@ -7,7 +7,10 @@ from types import FrameType
 __all__ = ["warn"]
 
 # Between the user and us: wrappers of methods, and what reads saved models.
-_BETWEEN = {"skdeq", "sklearn", "torch", "joblib", "skops", "contextlib", "copy", "pickle"}
+_BETWEEN = {
+    *("skdeq", "sklearn", "torch", "joblib", "skops", "contextlib", "copy", "pickle"),
+    *("threading", "concurrent", "multiprocessing", "runpy"),
+}
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -24,7 +24,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 import skdeq._expfam_base as expfam_base
-from skdeq import ExpFamilyDEQ
+from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
 from skdeq.families import Binomial, get_family
 
 # Options that take a fit to its optimum, for comparisons to many digits.
@@ -1049,17 +1049,37 @@ def test_without_an_optimum_a_fit_says_so_once():
     assert len(caught) == 1
     assert "no finite optimum" in str(caught[0].message)
     assert not model.converged_
-    assert ExpFamilyDEQ(2, weight_decay=0, random_state=0).fit(1e3 * X).converged_
 
 
-def test_masked_entries_are_missing():
-    X = sample("poisson").astype(int)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"canonical_map": "softplus"}, {"canonical_map": "relu"}, {"family": "gamma"}],
+    ids=str,
+)
+def test_large_predictors_alone_are_no_missing_optimum(options):
+    rng = np.random.default_rng(0)
+    X = 1e3 * (rng.normal(size=(100, 1)) @ rng.normal(size=(1, 8)) + 20)
+    X += 100 * rng.normal(size=X.shape)
+    if options.get("family") == "gamma":
+        X /= 1e9
+    model = ExpFamilyDEQ(1, weight_decay=0, random_state=0, max_iter=300, tol=1e-4, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no finite optimum")
+        model.fit(X)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "int16", "float32", "float64"])
+def test_masked_entries_are_missing(dtype):
+    X = sample("poisson").astype(dtype)
     mask = np.random.default_rng(0).random(X.shape) < 0.2
-    gaps = np.where(mask, np.nan, X)
+    gaps = np.where(mask, np.nan, X.astype("float32" if dtype == "float32" else float))
     masked = np.ma.array(X, mask=mask)
     fitted = model().fit(masked)
     np.testing.assert_array_equal(fitted.loadings_, model().fit(gaps).loadings_)
     np.testing.assert_array_equal(fitted.transform(masked), fitted.transform(gaps))
+    assert fitted.loadings_.dtype == gaps.dtype
+    with pytest.raises(ValueError, match="contains NaN"):
+        ImplicitEMEncoder(2).fit(masked)
 
 
 @pytest.mark.parametrize("method", ["fit", "fit_transform", "transform", "partial_fit"])

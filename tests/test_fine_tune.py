@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import CUDA, sample
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
@@ -541,8 +541,13 @@ def test_a_frozen_backbone_survives_cloning():
     assert not np.array_equal(tuned.backbone_.loadings_, backbone.loadings_)
     with pytest.raises(ValueError, match="FrozenEstimator of LogisticRegression"):
         DEQClassifier(FrozenEstimator(LogisticRegression())).fit(X, label)
+    unfitted = DEQClassifier(FrozenEstimator(ExpFamilyDEQ()))
+    assert is_classifier(unfitted)
     with pytest.raises(NotFittedError):
-        DEQClassifier(FrozenEstimator(ExpFamilyDEQ())).fit(X, label)
+        unfitted.fit(X, label)
+    # Of a stream's first rows alone there would be one direction left.
+    stream = DEQClassifier(backbone).partial_fit(X[:2], label[:2], classes=["high", "low"])
+    assert (stream.backbone_.transform(X).std(axis=0) > 0.1).all()
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -41,7 +41,7 @@ class Card:
         self.rows.append(part.shape[0])
         return part.as_subclass(torch.Tensor) if isinstance(part, torch.Tensor) else part
 
-    def observations(self, X, family, device):
+    def observations(self, X, family, device, copies=1):
         made = to_observations(X, family, device)
         return HostObservations(
             *(
@@ -134,6 +134,14 @@ class TestHostObservations:
         assert_allclose(product.numpy(), (here @ matrix).numpy(), rtol=1e-12)
 
 
+def one_sided(X):
+    """Let a column be seen only where others are large, so that its intercept is at its limit."""
+    X = X.astype(float)
+    size = X[:, 1:].sum(axis=1)
+    X[:, 0] = np.where(size > np.median(size), 30 * size, np.nan)
+    return X
+
+
 FITS = {
     "gaussian": ({}, np.asarray),
     "poisson": ({"family": "poisson", "exposure": "total"}, np.asarray),
@@ -143,6 +151,8 @@ FITS = {
     "sparse, gaps": ({"family": "poisson"}, lambda X: sp.csc_array(with_gaps(X))),
     "canonical map": ({"canonical_map": "softplus"}, np.asarray),
     "kinks": ({"canonical_map": "relu"}, lambda X: np.float32(X)),
+    "too large for float32": ({}, lambda X: np.float32(X + 1e4)),
+    "one-sided column": ({"family": "negative_binomial", "weight_decay": 1e-3}, one_sided),
     "two layers": ({"hidden_layer_sizes": (4,), "family": "poisson"}, np.asarray),
     "adam": ({"solver": "adam", "family": "poisson"}, np.asarray),
     "convolution": (

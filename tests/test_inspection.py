@@ -865,6 +865,11 @@ def test_components_of_kernels_are_their_places():
     display = ComponentsDisplay.from_estimator(model, image_shape=(8, 8))
     places = len(model.components_) // 2
     assert len(display.titles) == 2 * places
+    network = DEQClassifier(model, max_iter=1, tol=10.0, random_state=0)
+    tuned = ComponentsDisplay.from_estimator(
+        network.fit(X, load_digits().target[:150]).backbone_, image_shape=(8, 8)
+    )
+    assert tuned.titles[places] == "Component 1, place 0"
     for kernel, share in enumerate(model.explained_deviance_ratio_):
         for place in (0, places - 1):
             title = display.titles[kernel * places + place]

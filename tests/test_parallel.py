@@ -170,3 +170,19 @@ def test_a_process_forked_in_the_middle_begins_anew(two_threads):
 
 def _state():
     return chunks._shared["inside"], hasattr(chunks._local, "pool"), threads_in_use()
+
+
+def test_threads_and_inference_mode_go_together():
+    X = np.random.default_rng(0).poisson(2, size=(6000, 200)).astype(float)
+    model = ExpFamilyDEQ(2, family="poisson", exposure="total", tol=1.0, random_state=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = model.fit(X).transform(X)
+        with torch.inference_mode():
+            found = model.fit(X).transform(X)
+            model.score(X)
+            model.map_latents(X)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
