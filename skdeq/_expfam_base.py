@@ -263,7 +263,13 @@ class LatentVariableEstimator(FittedLatents):
         return convolution.matrix(basis).T, convolution.everywhere(change)
 
     def _replace_parameters(
-        self, layer: "EquilibriumLayer", X, sample_weight, *, of_stream: bool = False
+        self,
+        layer: "EquilibriumLayer",
+        X,
+        sample_weight,
+        *,
+        start: torch.Tensor | None = None,
+        of_stream: bool = False,
     ) -> None:
         """Take over parameters that were trained elsewhere, and turn the scores accordingly.
 
@@ -276,6 +282,8 @@ class LatentVariableEstimator(FittedLatents):
         X : Tensor or CSR array of shape (n, p)
             The training rows, validated.
         sample_weight : ndarray of shape (n,) or None
+        start : Tensor of shape (n, k), optional
+            Latents that are not far off.
         of_stream : bool
             Whether the rows are those of one more batch.
         """
@@ -294,6 +302,8 @@ class LatentVariableEstimator(FittedLatents):
             setting,
             *model.parameters,
             curvature=to_tensor(self._curvature).to(**like),
+            start=None if start is None else start.to(**like),
+            check_start=True,
             **self._options().latent_solver(),
         )
         model = replace(model, latents=solved.value)

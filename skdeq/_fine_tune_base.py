@@ -388,7 +388,11 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             self.backbone_ = copy.copy(self.backbone_)
             rows = trainer.rows
             self.backbone_._replace_parameters(
-                trainer.layer, rows.X, rows.sample_weight, of_stream=pooled
+                trainer.layer,
+                rows.X,
+                rows.sample_weight,
+                start=trainer.near_latents(),
+                of_stream=pooled,
             )
         self.coefs_, self.intercepts_ = head.coefs, head.intercepts
         self._centre, self._scale = head.centre, head.scale

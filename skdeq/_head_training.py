@@ -344,6 +344,10 @@ class HeadTrainer:
             [to_numpy(bias) for bias in self._biases],
         )
 
+    def near_latents(self) -> Tensor | None:
+        """Return where the rows were last, if solutions may be looked for from there."""
+        return self._latents if self.layer.is_convex else None
+
     def state(self) -> list[dict[str, np.ndarray]]:
         """State of the optimiser to go on from, one entry for each parameter."""
         return [
