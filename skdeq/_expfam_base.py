@@ -224,8 +224,10 @@ class LatentVariableEstimator(FittedLatents):
             From top latents to scores.
         """
         latents = top_latents(model.latents, model.upper)
-        components, to_scores = self._principal(model, latents, moments[1], setting.sample_weight)
         dtype = to_numpy(torch.empty(0, dtype=setting.narrow or latents.dtype)).dtype
+        components, to_scores = self._principal(
+            model, latents, moments[1], setting.sample_weight, dtype
+        )
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(model.intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
@@ -243,6 +245,7 @@ class LatentVariableEstimator(FittedLatents):
         latents: torch.Tensor,
         covariance: torch.Tensor,
         weight: torch.Tensor | None,
+        dtype: np.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Basis in which the scores are principal, and the map to them from top latents.
 
@@ -258,7 +261,7 @@ class LatentVariableEstimator(FittedLatents):
         )
         self.kernels_ = to_numpy(
             basis.reshape(-1, convolution.image_shape[0], *convolution.kernel_size),
-            to_numpy(model.loadings).dtype,
+            dtype,
         )
         return convolution.matrix(basis).T, convolution.everywhere(change)
 

@@ -178,6 +178,7 @@ def narrowed(result: FixedPointResult, setting: Setting) -> FixedPointResult:
 
 
 def top_latents(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:
+    """Latents (n, k) of the top layer, of those of all layers side by side."""
     return split_layers(latents, upper)[-1].contiguous()
 
 

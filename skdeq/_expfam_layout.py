@@ -76,7 +76,8 @@ def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
     ValueError
         If there are changes, see :func:`changed_parameters`; of one of them.
     """
-    for name, (asked, there) in changes.items():
+    if changes:
+        name, (asked, there) = next(iter(changes.items()))
         raise ValueError(
             f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
             f"{name}={there!r}; call fit to start anew."
