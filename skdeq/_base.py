@@ -24,6 +24,7 @@ __all__ = [
     "stream_batch",
     "to_numpy",
     "to_tensor",
+    "torch_dtype",
     "unchanged_on_error",
 ]
 
@@ -144,6 +145,11 @@ def host_array(values, name: str):
 def numpy_dtype(X) -> np.dtype:
     """Type of a tensor or an array, as numpy says it."""
     return torch.empty(0, dtype=X.dtype).numpy().dtype if isinstance(X, Tensor) else X.dtype
+
+
+def torch_dtype(dtype) -> torch.dtype:
+    """Type that numpy names, as torch says it."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def returned(values: Tensor | np.ndarray, X, estimator=None) -> Tensor | np.ndarray:

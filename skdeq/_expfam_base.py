@@ -60,8 +60,8 @@ def _may_be_endless(family: Family) -> bool:
 
     Where the density grows without bound at an end of the support, finite ones may be large.
     """
-    law = family.is_canonical and family.domain.is_real_line and not family.unbounded_at
-    return law and bool(family.self_concordance)
+    is_curved = family.is_canonical and bool(family.self_concordance)
+    return is_curved and family.domain.is_real_line and not family.unbounded_at
 
 
 class LatentVariableEstimator(FittedLatents):
@@ -224,7 +224,7 @@ class LatentVariableEstimator(FittedLatents):
             From top latents to scores.
         """
         latents = top_latents(model.latents, model.upper)
-        dtype = to_numpy(torch.empty(0, dtype=setting.narrow or latents.dtype)).dtype
+        dtype = numpy_dtype(torch.empty(0, dtype=setting.narrow or latents.dtype))
         components, to_scores = self._principal(
             model, latents, moments[1], setting.sample_weight, dtype
         )

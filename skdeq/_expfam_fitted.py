@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import numpy_dtype, resolve_device, returned, to_tensor
+from skdeq._base import numpy_dtype, resolve_device, returned, to_tensor, torch_dtype
 from skdeq._data import to_observations
 from skdeq._expfam_layout import LatentLayout
 from skdeq._exposure import exposure_offset
@@ -37,7 +37,7 @@ class FittedLatents(LatentLayout):
         offset = None
         if self.exposure is not None:
             factors, profile = exposure_offset(X, profile, sample_weight)
-            offset = factors.to(device, to_tensor(np.empty(0, numpy_dtype(X))).dtype)
+            offset = factors.to(device, torch_dtype(numpy_dtype(X)))
         if sample_weight is not None:
             sample_weight = to_tensor(sample_weight, device)
         # In float64 they are twice as large, and for a while there beside those in float32.

@@ -14,7 +14,8 @@ __all__ = ["exposure_offset", "log_exposure"]
 # A row without any count says nothing of its size. This share of the mean exposure keeps its
 # logarithm finite and its expected counts negligible.
 _LEAST_EXPOSURE = 1e-6
-# Share of the weight of all rows in which a column has to be seen.
+# Share of the weight of all rows below which a column counts as not seen: in float64 less may be
+# the rounding of a difference.
 _LEAST_SEEN = 1e-9
 
 

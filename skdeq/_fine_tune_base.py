@@ -65,6 +65,13 @@ class ScoredOnHost:
 _SLOWER = 3
 
 
+def _unfrozen(backbone):
+    """Return what is in a `FrozenEstimator`, or in several; all else as it is."""
+    while isinstance(backbone, FrozenEstimator):
+        backbone = backbone.estimator
+    return backbone
+
+
 class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
 
@@ -93,7 +100,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
 
     def __init__(
         self,
-        backbone: ExpFamilyDEQ | None = None,
+        backbone: ExpFamilyDEQ | FrozenEstimator | None = None,
         *,
         head_layer_sizes: Sequence[int] = (100,),
         fine_tune: bool = True,
@@ -234,17 +241,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         return changes
 
     def _backbone(self) -> ExpFamilyDEQ:
-        backbone = self.backbone
-        while isinstance(backbone, FrozenEstimator):
-            backbone = backbone.estimator
+        backbone = _unfrozen(self.backbone)
         return backbone if isinstance(backbone, ExpFamilyDEQ) else ExpFamilyDEQ()
 
     def _check_backbone(self) -> None:
-        frozen = self.backbone
-        if not isinstance(frozen, FrozenEstimator):
+        if not isinstance(self.backbone, FrozenEstimator):
             return
-        while isinstance(frozen, FrozenEstimator):
-            frozen = frozen.estimator
+        frozen = _unfrozen(self.backbone)
         if not isinstance(frozen, ExpFamilyDEQ):
             raise ValueError(
                 "backbone must be an ExpFamilyDEQ, or a FrozenEstimator of one; got a "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._base import numpy_dtype, to_numpy, to_tensor
+from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
 from skdeq._data import rows_of
 from skdeq._progress import Progress
 
@@ -134,7 +134,7 @@ class HeadTrainer:
         generator: torch.Generator,
     ):
         self.options, self.rows, self.loss, self.generator = options, rows, loss, generator
-        dtype = to_tensor(np.empty(0, numpy_dtype(rows.X))).dtype
+        dtype = torch_dtype(numpy_dtype(rows.X))
         like: dict[str, Any] = {"dtype": dtype, "device": rows.device}
         self.layer = layer.to(**like)
         self.layer.rotation = None

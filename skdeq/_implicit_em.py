@@ -26,6 +26,7 @@ from skdeq._base import (
     stream_batch,
     to_numpy,
     to_tensor,
+    torch_dtype,
 )
 from skdeq._data import take_rows, to_rows
 from skdeq._encoder_fit import (
@@ -552,7 +553,7 @@ class ImplicitEMEncoder(
             tol=float(self.tol),
             revive_dead=bool(self.revive_dead),
         )
-        working = to_tensor(np.empty(0, np.result_type(dtype, np.float32))).dtype
+        working = torch_dtype(np.result_type(dtype, np.float32))
         batches = RowBatches(rows, preconditioner, working, device)
         return EncoderTrainer(start.to(batches.device, working).clone(), options, batches)
 

@@ -149,14 +149,15 @@ def _first_latents(
     start_map: Tensor | None,
 ) -> Tensor:
     """Where the rows start: as they are given, predicted, or at zero, which is in any domain."""
-    is_convex = isinstance(problem, MapProblem) and setting.family.is_canonical
+    is_canonical = setting.family.is_canonical
+    convex = problem if isinstance(problem, MapProblem) and is_canonical else None
     if start is not None:
-        if check_start and is_convex:
-            return _checked_start(problem, start)
+        if check_start and convex is not None:
+            return _checked_start(convex, start)
         return start if setting.family.domain.is_real_line else _inside(problem, start)
     # Of several solutions the one that is meant is the one found from zero.
-    if start_map is not None and is_convex and problem.r >= _LEAST_RANK_TO_PREDICT:
-        return linear_start(problem, start_map)
+    if start_map is not None and convex is not None and convex.r >= _LEAST_RANK_TO_PREDICT:
+        return linear_start(convex, start_map)
     return zero
 
 
@@ -221,7 +222,7 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
     return torch.nan_to_num(solution, nan=0.0, posinf=0.0, neginf=0.0).to(model.latents.dtype)
 
 
-def linear_start(problem: MapProblem | Any, start_map: Tensor) -> Tensor:
+def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
     """Predict the latents of every row from its gradient at zero.
 
     Where the variance has no bound a prediction may be far off, and is not used unless it is
@@ -241,7 +242,7 @@ def linear_start(problem: MapProblem | Any, start_map: Tensor) -> Tensor:
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
 
 
-def _checked_start(problem: MapProblem | Any, start: Tensor) -> Tensor:
+def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
     """Replace a start by zero in the rows that it would lead astray."""
     if problem.scale_is_bounded:
         return start

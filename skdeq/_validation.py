@@ -10,7 +10,14 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
-from skdeq._base import detached, host_array, numpy_dtype, resolve_device, to_tensor
+from skdeq._base import (
+    detached,
+    host_array,
+    numpy_dtype,
+    resolve_device,
+    to_tensor,
+    torch_dtype,
+)
 from skdeq._chunks import map_chunks
 from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 from skdeq._family import Family
@@ -61,7 +68,7 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
 
 def _unmasked(X):
     """Make NaN of the masked entries of an array, which scikit-learn would take as they are."""
-    if not np.ma.is_masked(X):
+    if not isinstance(X, np.ma.MaskedArray):
         return X
     return np.ma.filled(X.astype(X.dtype if X.dtype in _FLOATS else np.float64), np.nan)
 
@@ -227,7 +234,7 @@ def _accepted(X: Tensor, dtypes: Sequence[type], name: str) -> Tensor:
             "data as SciPy's CSR arrays."
         )
     X = detached(X, name)
-    fits = {to_tensor(np.empty(0, one)).dtype for one in dtypes}
+    fits = {torch_dtype(one) for one in dtypes}
     # scikit-learn has a sentence for complex numbers.
     return X if X.dtype in fits or X.is_complex() else X.double()
 
