@@ -201,7 +201,7 @@ def fit_minibatches(
     optimiser = make_adam(parameters, options.learning_rate)
     n_batches = -(-n // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.max_iter * n_batches)
-    solved = solve_latents(setting, *model.parameters, **options.latent_solver())
+    solved = solve_latents(setting, *model.parameters, rounded=True, **options.latent_solver())
     _, objective = envelope_gradient(setting, parameters, solved.value)
     best = (objective, replace(model, latents=solved.value))
     last, quiet = objective, 0
@@ -233,7 +233,7 @@ def fit_minibatches(
             schedule.step()
         model = model_of(setting, parameters)
         # The objective is flat at its minimum: its error is that of the latents squared.
-        solved = solve_latents(setting, *model.parameters, start=latents, **loose)
+        solved = solve_latents(setting, *model.parameters, start=latents, rounded=True, **loose)
         latents = solved.value.clone()
         _, objective = envelope_gradient(setting, parameters, solved.value)
         trace.loss_curve.append(objective)

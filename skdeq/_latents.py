@@ -46,6 +46,7 @@ def solve_latents(
     start: Tensor | None = None,
     check_start: bool = False,
     start_map: Tensor | None = None,
+    rounded: bool = False,
 ) -> FixedPointResult:
     """MAP latents of every row, chunk by chunk.
 
@@ -75,13 +76,21 @@ def solve_latents(
         From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
         ``start``, with four components or more in one layer of a canonical family. All else
         starts from zero, which is inside any domain.
+    rounded : bool
+        Whether the kinks of the maps are left as round as in training, which is what its steps
+        want, at a small part of the cost of latents that are exact.
 
     Returns
     -------
     FixedPointResult
     """
     kinks = setting.family.widths or (setting.hidden_map.widths if upper else ())
-    if kinks and loadings.dtype != torch.float64:
+    stages = kinks[1:]
+    if rounded:
+        setting = setting.rounded_off()
+        # Rows that start somewhere have come through the wider ones.
+        stages = () if start is not None else tuple(one for one in stages if one >= kinks[0])
+    elif kinks and loadings.dtype != torch.float64:
         # Next to a kink float32 cannot tell the sides apart.
         result = solve_latents(
             setting.double(),
@@ -114,7 +123,6 @@ def solve_latents(
         start_map = None
     zero = loadings.new_zeros(problem.n_rows, problem.r)
     begin = _first_latents(problem, setting, zero, start, check_start, start_map)
-    stages = kinks[1:]
 
     def solve(part: Any, value: Tensor) -> FixedPointResult:
         return SOLVERS[method](part, value, tol=tol, max_iter=max_iter)
@@ -168,11 +176,19 @@ def _in_stages(
     widths: tuple[float, ...],
 ) -> FixedPointResult:
     """Solve rows through kinks that are rounded off over ever smaller widths."""
-    n_iter = torch.zeros(len(value), dtype=torch.long, device=value.device)
-    for width in widths:
+    rows = torch.arange(len(value), device=value.device)
+    n_iter, last = torch.zeros_like(rows), value
+    for at, width in enumerate(widths):
         problem.smooth(width)
-        result = solve(problem, value)
-        value, n_iter = result.value, n_iter + result.n_iter
+        start = value
+        if at > 1:
+            # What lies on a kink comes closer to it in proportion to the width. From where the
+            # last width left it Newton's method would have to search for the narrower ramp.
+            wider, wide = widths[at - 2 : at]
+            guess = torch.lerp(value, last, (width - wide) / (wider - wide))
+            start = _better_of(problem, guess, value, rows, problem.objective(value, rows))
+        result = solve(problem, start)
+        last, value, n_iter = value, result.value, n_iter + result.n_iter
     return replace(result, n_iter=n_iter)
 
 
@@ -237,7 +253,7 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
         zero = design.new_zeros(high - low, problem.r)
         objective, gradient = part.value_and_gradient(zero, rows)
         predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
-        return _better_than_zero(part, predicted, rows, objective)
+        return _better_of(part, predicted, zero, rows, objective)
 
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
 
@@ -249,18 +265,22 @@ def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
 
     def work(low: int, high: int) -> Tensor:
         part, rows = problem.chunk(low, high), torch.arange(high - low, device=start.device)
-        given = start[low:high]
-        return _better_than_zero(part, given, rows, part.objective(torch.zeros_like(given), rows))
+        given, zero = start[low:high], torch.zeros_like(start[low:high])
+        return _better_of(part, given, zero, rows, part.objective(zero, rows))
 
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), start.device))
 
 
-def _better_than_zero(
-    problem: MapProblem, start: Tensor, rows: Tensor, objective_at_zero: Tensor
+def _better_of(
+    problem: MapProblem | HierarchyProblem,
+    guess: Tensor,
+    other: Tensor,
+    rows: Tensor,
+    objective_of_other: Tensor,
 ) -> Tensor:
-    """Replace a start by zero in the rows whose objective it does not lower."""
-    better = problem.objective(start, rows) < objective_at_zero
-    return torch.where(better.unsqueeze(1), start, 0.0)
+    """Replace a guess in the rows whose objective it does not lower."""
+    better = problem.objective(guess, rows) < objective_of_other
+    return torch.where(better.unsqueeze(1), guess, other)
 
 
 def laplace_log_likelihood(

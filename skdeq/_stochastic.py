@@ -129,7 +129,9 @@ def solve_and_step(
         Passed to :func:`~skdeq._latents.solve_latents`.
     """
     before = [one.clone() for one in parameters]
-    solution = solve_latents(setting, *model_of(setting, before).parameters, **fixed_point)
+    solution = solve_latents(
+        setting, *model_of(setting, before).parameters, rounded=True, **fixed_point
+    )
     gradients, objective = envelope_gradient(setting, parameters, solution.value)
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
