@@ -21,7 +21,7 @@ from torch import Tensor
 from skdeq._canonical import through
 from skdeq._family import CanonicalMap, Family
 from skdeq._fixed_point_problem import certified_residual, scaled_residual
-from skdeq._map_problem import MapProblem
+from skdeq._map_problem import MapProblem, usable_hessian
 from skdeq.families import Gaussian
 
 __all__ = [
@@ -261,16 +261,18 @@ class HierarchyProblem:
         """
         parts = self._parts(z)
         energies = hidden_energies(parts, self.upper, self.family)
-        value, bottom, block, _ = self.bottom.derivatives(parts[0], rows, observed)
+        value, bottom, block, _ = self.bottom.expected_derivatives(parts[0], rows)
         gradient = self._gradient(bottom, parts, energies)
         size = block.diagonal(dim1=1, dim2=2).sum(1) - self.alpha * self.sizes[0]
         residual = self._residual(gradient, parts, energies, size)
         hessian = self._hessian(block, energies)
-        if not self.family.is_canonical:
+        if not (self.family.is_canonical and self.bottom.family.is_canonical):
+            # Of all layers together: of one alone it may be definite where that of all is not.
+            if not self.bottom.family.is_canonical:
+                block = self.bottom.observed_hessian(parts[0], rows)
             bent = hidden_energies(parts, self.upper, self.family, observed=True)
             exact = self._hessian(block, bent)
-            usable = observed | (torch.linalg.cholesky_ex(exact)[1] == 0)
-            hessian = torch.where(usable[:, None, None], exact, hessian)
+            hessian = exact if observed else usable_hessian(exact, hessian)
         return self._value(value, parts, energies), gradient, hessian, residual
 
     def _hessian(self, block: Tensor, energies: list) -> Tensor:

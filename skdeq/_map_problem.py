@@ -24,7 +24,7 @@ from skdeq._fixed_point_problem import certified_residual, scaled_residual
 from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
-__all__ = ["MapProblem"]
+__all__ = ["MapProblem", "usable_hessian"]
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 16384
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
@@ -38,6 +38,12 @@ _LEAST_ENTRIES = 2**18
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
 _SAFE_MOVE = 1.0
+
+
+def usable_hessian(exact: Tensor, expected: Tensor) -> Tensor:
+    """Observed Hessians where they are positive definite, expected ones elsewhere."""
+    usable = torch.linalg.cholesky_ex(exact)[1] == 0
+    return torch.where(usable[:, None, None], exact, expected)
 
 
 class MapProblem:
@@ -409,29 +415,40 @@ class MapProblem:
         Through a canonical map the Hessian is the observed one where that is positive definite,
         or if ``observed``; elsewhere, and for the residual, the expected one.
         """
+        value, gradient, hessian, residual = self.expected_derivatives(z, rows)
+        if not self.family.is_canonical:
+            exact = self.observed_hessian(z, rows)
+            hessian = exact if observed else usable_hessian(exact, hessian)
+        return value, gradient, hessian, residual
+
+    def expected_derivatives(
+        self, z: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objective, gradient, expected Hessian and scaled residual of each row."""
         total, slope, bend, _ = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=True, curvature=False
         )
         hessian = self._outer.symmetric(bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
-        if not self.family.is_canonical:
-            bend = self._accumulate(
-                z,
-                rows,
-                objective=False,
-                gradient=False,
-                hessian=True,
-                curvature=False,
-                observed=True,
-            )[2]
-            exact = self._outer.symmetric(bend)
-            exact.diagonal(dim1=1, dim2=2).add_(self.penalty)
-            usable = observed | (torch.linalg.cholesky_ex(exact)[1] == 0)
-            hessian = torch.where(usable[:, None, None], exact, hessian)
         gradient = self._gradient(slope, z, rows)
         residual = self._residual(gradient, z, size)
         return self._penalised(total, z, rows), gradient, hessian, residual
+
+    def observed_hessian(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Hessian of each row with the curvature of the canonical map in it."""
+        _, _, bend, _ = self._accumulate(
+            z,
+            rows,
+            objective=False,
+            gradient=False,
+            hessian=True,
+            curvature=False,
+            observed=True,
+        )
+        hessian = self._outer.symmetric(bend)
+        hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
+        return hessian
 
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Displacement f(z) - z of the equilibrium layer."""
