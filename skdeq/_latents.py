@@ -110,6 +110,7 @@ def solve_latents(
     bound = setting.family.variance_bound
     bounded = bound is not None
     finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not upper
+    quadratic = finish and setting.family.self_concordance == 0
     if method == "auto":
         method = "anderson" if finish else "newton"
     if method in SOLVERS_WITH_HESSIANS:
@@ -130,6 +131,10 @@ def solve_latents(
     def work(low: int, high: int) -> FixedPointResult:
         part, value = problem.chunk(low, high), begin[low:high]
         result = _in_stages(solve, part, value, stages) if stages else solve(part, value)
+        if quadratic:
+            # The shared step is Newton's own, but where entries are missing: it leaves rounding.
+            rows = torch.arange(high - low, device=value.device)
+            result.value.add_(part.shaped_step(part.bare_gradient(result.value, rows), rows))
         unsolved = (~result.converged).nonzero().squeeze(1) if finish else result.n_iter[:0]
         for left in unsolved.split(problem.hessian_rows()):
             rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)

@@ -236,10 +236,12 @@ def spectral_start(
     residuals = (_SparseResiduals if sparse else _DenseResiduals)(
         setting, intercept, on_link_scale
     )
-    if n * p <= _EXACT_ENTRIES and n * p * p <= _EXACT_FLOPS:
+    exact = n * p <= _EXACT_ENTRIES and n * p * min(n, p) <= _EXACT_FLOPS
+    if exact and p <= n:
         basis = torch.eye(p, dtype=intercept.dtype, device=intercept.device)
     else:
-        size = min(n_components + _OVERSAMPLING, n, p)
+        # As many random directions as there are rows span whatever is in them.
+        size = n if exact else min(n_components + _OVERSAMPLING, n, p)
         basis = torch.randn(p, size, generator=generator, dtype=torch.float64).to(intercept)
         for _ in range(_POWER_ITERATIONS):
             basis = residuals.normal(torch.linalg.qr(basis)[0])

@@ -75,6 +75,32 @@ class TestAgainstPCA:
         np.testing.assert_allclose(deq.intercept_, X.mean(axis=0), atol=1e-8)
 
 
+@pytest.mark.parametrize("k", [16, 17, 40])
+def test_scores_of_many_components_are_those_of_pca(k):
+    # From 17 on the rows are not solved by Newton's method.
+    X = digits()
+    deq = ExpFamilyDEQ(k, alpha=1e-8, weight_decay=1e-8)
+    scores = deq.fit_transform(X)
+    np.testing.assert_allclose(scores, PCA(k, svd_solver="full").fit_transform(X), atol=1e-6)
+    np.testing.assert_allclose(deq.transform(X[:5]), scores[:5], rtol=1e-9)
+
+
+def test_few_rows_of_many_features_start_from_the_space_of_the_rows(monkeypatch):
+    eigh, sizes = torch.linalg.eigh, []
+
+    def counted(matrix):
+        sizes.append(len(matrix))
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    X = np.random.default_rng(0).normal(size=(15, 3000))
+    deq = ExpFamilyDEQ(3, alpha=1e-8, weight_decay=1e-8, **TIGHT).fit(X)
+    assert max(sizes) <= 15  # of the features it would be 3,000, and take half a minute
+    scores = PCA(3, svd_solver="full").fit_transform(X)
+    np.testing.assert_allclose(deq.transform(X), scores, atol=1e-6)
+    assert np.isfinite(ExpFamilyDEQ(3).partial_fit(sp.csr_array(X)).loadings_).all()
+
+
 def test_penalised_gaussian_model_is_soft_thresholded_svd():
     # Nuclear norm: singular values shrink by sqrt(n alpha weight_decay), and no further.
     X = digits(200)
