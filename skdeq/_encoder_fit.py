@@ -51,6 +51,10 @@ _GATHERED_ENTRIES = 2**20
 _LEAST_THREADED = 2**24
 # Epochs in a row without progress that end a fit.
 _PATIENCE = 5
+# Batches that the loss before training is taken from.
+_FIRST_BATCHES = 8
+# Loss of an epoch above the best one, as a share of that, which sends the fit back to it.
+_ASTRAY = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class EncoderTrace:
 
     loss_curve: list[float] = field(default_factory=list)
     n_iter: int = 0
-    diverged: bool = False
+    # Epochs that went astray and were undone.
+    undone: int = 0
 
 
 def start_weights(n_components: int, varying: Tensor, generator: torch.Generator) -> Tensor:
@@ -155,6 +160,7 @@ class EncoderTrainer:
             and options.weights.weight_redundancy == 0
         )
         self.optimiser = None if plain else OPTIMISERS[options.solver](weights, options)
+        self.learning_rate = options.learning_rate
         self._slope: Tensor | Any = None if plain else torch.empty_like(weights)
         self._buffers: dict[int, tuple[Tensor, Tensor, BatchObjective]] = {}
         # Sums over the batches of an epoch: the terms of the objective, without their weights.
@@ -201,7 +207,7 @@ class EncoderTrainer:
         if share is not None:
             gradient *= share
         if self.optimiser is None:
-            rows.pull_back_(gradient, batch, weights, beta=1, alpha=-options.learning_rate)
+            rows.pull_back_(gradient, batch, weights, beta=1, alpha=-self.learning_rate)
             return
         rows.pull_back_(gradient, batch, self._slope, beta=0, alpha=1)
         if options.weights.weight_redundancy:
@@ -250,17 +256,32 @@ class EncoderTrainer:
     ) -> EncoderTrace:
         options, rows, trace = self.options, self.rows, EncoderTrace()
         best, quiet = torch.inf, 0
+        # Of the weights that were best so far, the first ones among them, and the epochs to them.
+        lowest, kept, n_kept = None, self.weights.clone(), 0
         for _ in range(options.max_iter):
             progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator).to(rows.home)
-            self._safe_epoch(sample_weight, order, trace)
-            if trace.diverged:
-                break
-            loss = trace.loss_curve[-1]
+            if lowest is None:
+                lowest = self.loss_of(sample_weight, order)
+            loss = self.epoch(sample_weight, order)
+            trace.loss_curve.append(loss)
+            trace.n_iter += 1
+            astray = loss - lowest > _ASTRAY * max(abs(lowest), 1.0)
+            # Steps that are too long do not get below where they came from.
+            astray |= not n_kept and trace.n_iter >= _PATIENCE and loss > lowest
+            if astray or self._is_lost(loss):
+                self._set_back(kept, trace, n_kept)
+                best, quiet = torch.inf, 0
+                if progress.end(loss, lambda: trace):
+                    break
+                continue
             stop = progress.end(loss, lambda: trace)
             # The objective may pass through zero, where its change has no scale.
             gained = best - loss > options.tol * max(abs(loss), 1.0)
             best, quiet = min(best, loss), 0 if gained else quiet + 1
+            if loss <= lowest:
+                lowest, n_kept = loss, trace.n_iter
+                kept.copy_(self.weights)
             if stop or (options.tol > 0 and quiet >= _PATIENCE):
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
@@ -270,8 +291,13 @@ class EncoderTrainer:
     def fit_once(self, sample_weight: Tensor | None, trace: EncoderTrace) -> EncoderTrace:
         """Go on from `trace` by one pass over the rows as they come."""
         order = torch.arange(self.rows.n_rows, device=self.rows.home)
+        before = self.weights.clone()
         with self._threads():
-            self._safe_epoch(sample_weight, order, trace)
+            loss = self.epoch(sample_weight, order)
+        trace.loss_curve.append(loss)
+        trace.n_iter += 1
+        if self._is_lost(loss):
+            self._set_back(before, trace, trace.n_iter - 1)
         return trace
 
     def _threads(self) -> AbstractContextManager[None]:
@@ -280,21 +306,42 @@ class EncoderTrainer:
         small = batch * self.weights.numel() < _LEAST_THREADED
         return parallel_chunks() if small else nullcontext()
 
-    def _safe_epoch(
-        self, sample_weight: Tensor | None, order: Tensor, trace: EncoderTrace
-    ) -> None:
-        """Run an epoch and write it down, or undo it if it left the finite numbers."""
-        before = self.weights.clone()
-        loss = self.epoch(sample_weight, order)
-        if np.isfinite(loss) and bool(torch.isfinite(self.weights).all()):
-            trace.loss_curve.append(loss)
-            trace.n_iter += 1
-            return
-        self.weights.copy_(before)
+    def loss_of(self, sample_weight: Tensor | None, order: Tensor) -> float:
+        """Return the mean loss of some batches of the rows, without a step."""
+        options, rows = self.options, self.rows
+        total = 0.0
+        count = -(-len(order) // options.batch_size)
+        indices = order.tensor_split(count)[:_FIRST_BATCHES]
+        for index in indices:
+            preactivation, distance, objective = self._buffers_for(len(index))
+            rows.project(rows.gather(index), self.weights, preactivation)
+            options.activation.value_into(preactivation, distance)
+            weight = None if sample_weight is None else sample_weight[index].to(distance.device)
+            objective(distance, weight)
+            total += float(objective.terms.double().cpu() @ options.weights.vector[:3])
+        redundancy = 0.0
+        if options.weights.weight_redundancy:
+            value, _ = weight_redundancy(self.weights[:, :-1])
+            redundancy = options.weights.weight_redundancy * float(value)
+        return total / len(indices) + redundancy
+
+    def _is_lost(self, loss: float) -> bool:
+        """Whether an epoch has left the finite numbers."""
+        return not (np.isfinite(loss) and bool(torch.isfinite(self.weights).all()))
+
+    def _set_back(self, weights: Tensor, trace: EncoderTrace, n_iter: int) -> None:
+        """Go back to what the weights were, and make the following steps a tenth as long."""
+        self.weights.copy_(weights)
+        trace.undone += trace.n_iter - n_iter
+        trace.n_iter = n_iter
+        del trace.loss_curve[n_iter:]
+        self.learning_rate *= 0.1
         if self.optimiser is not None:
             self.optimiser.state.clear()
-            self.run.forget()
-        trace.diverged = True
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.learning_rate
+        # A captured step has the old rate in it.
+        self.run.forget()
 
     def revive(self, generator: torch.Generator) -> None:
         """Give the components that were dead in the last epoch new weights, at random."""

@@ -110,7 +110,9 @@ class ImplicitEMEncoder(
         Optimiser of the minibatches, with a constant step.
 
     learning_rate : float, default=0.01
-        Step size, for rows of any scale: see Notes. For "adam" 0.001 is a good value.
+        Step size, for rows of any scale: see Notes. For "adam" 0.001 is a good value. Where
+        it makes the loss run away, or keeps it above that of the random start, epochs are undone
+        and the rest of the fit goes on with a tenth of it.
 
     momentum : float, default=0.0
         Momentum of "sgd", in [0, 1).
@@ -156,9 +158,9 @@ class ImplicitEMEncoder(
     intercept_ : ndarray of shape (n_components,)
         Biases b.
     loss_curve_ : list of float
-        Mean objective of the minibatches of each epoch.
+        Mean objective of the minibatches of each epoch that was not undone.
     n_iter_ : int
-        Epochs run.
+        How many these are.
     dead_components_ : ndarray of shape (n_dead,)
         Indices of components whose distance has a variance under 0.01 over the training rows
         (after `partial_fit`, over those of the last call).
@@ -313,11 +315,12 @@ class ImplicitEMEncoder(
 
             progress.store = store
             trace = trainer.fit(weight, generator, progress)
-            if trace.diverged:
+            if trace.undone:
                 warn(
-                    f"{type(self).__name__} diverged in epoch {trace.n_iter + 1} and was set back "
-                    f"to the end of the one before: lower learning_rate={self.learning_rate:g}"
-                    + (f" or momentum={self.momentum:g}." if self.momentum else "."),
+                    f"{trace.undone} epochs of {type(self).__name__} led nowhere or diverged and "
+                    "were undone; the others took smaller steps, in the end with "
+                    f"{trainer.learning_rate:g} in place of learning_rate={self.learning_rate:g}: "
+                    "lower it" + (f" or momentum={self.momentum:g}." if self.momentum else "."),
                     ConvergenceWarning,
                 )
             store(self, trace)
@@ -375,7 +378,7 @@ class ImplicitEMEncoder(
             trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))
             trainer.load_state(state)
             trace = trainer.fit_once(weight, past)
-            if trace.diverged:
+            if trace.undone:
                 warn(
                     f"These rows made {type(self).__name__} diverge and were left out: lower "
                     f"learning_rate={self.learning_rate:g}.",

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from conftest import CUDA
 from sklearn.base import clone
-from sklearn.datasets import load_digits, load_iris
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -460,7 +460,7 @@ def test_tol_ends_a_fit_that_has_come_to_rest():
 
 def test_divergence_is_one_warning_and_no_nan():
     X = digits(300)
-    with pytest.warns(ConvergenceWarning, match="lower learning_rate=1e\\+300") as caught:
+    with pytest.warns(ConvergenceWarning, match="in place of learning_rate=1e\\+300") as caught:
         fitted = encoder(learning_rate=1e300, activation="identity").fit(X)
     assert len(caught) == 1
     assert np.isfinite(fitted.transform(X)).all()
@@ -470,6 +470,22 @@ def test_divergence_is_one_warning_and_no_nan():
     with pytest.warns(ConvergenceWarning, match="were left out"):
         stream.partial_fit(X)
     np.testing.assert_array_equal(stream.components_, before)
+
+
+@pytest.mark.parametrize("load", [load_iris, load_digits, load_breast_cancer])
+@pytest.mark.parametrize("n_components", [2, 8])
+def test_steps_that_are_too_long_are_taken_back(load, n_components):
+    # Distances to both sides throw a component to and fro where rows lie along a line.
+    X = load().data
+    start = encoder(n_components, activation="abs", max_iter=1, learning_rate=1e-12).fit(X)
+    with pytest.warns(ConvergenceWarning) as caught:
+        fitted = encoder(n_components, activation="abs", max_iter=20).fit(X)
+    assert (
+        sum("led nowhere or diverged and were undone" in str(one.message) for one in caught) == 1
+    )
+    assert fitted.score(X) > start.score(X)
+    assert len(fitted.loss_curve_) == fitted.n_iter_ <= 20
+    assert max(fitted.loss_curve_) < 0
 
 
 def test_revived_components_come_to_life():
