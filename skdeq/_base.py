@@ -144,7 +144,11 @@ def host_array(values, name: str):
 
 def numpy_dtype(X) -> np.dtype:
     """Type of a tensor or an array, as numpy says it."""
-    return torch.empty(0, dtype=X.dtype).numpy().dtype if isinstance(X, Tensor) else X.dtype
+    return (
+        torch.empty(0, dtype=X.dtype, device="cpu").numpy().dtype
+        if isinstance(X, Tensor)
+        else X.dtype
+    )
 
 
 def torch_dtype(dtype) -> torch.dtype:
@@ -192,7 +196,7 @@ def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 def seeded_generator(random_state) -> torch.Generator:
     """Return a generator of our own, so that no global state is read or written."""
     seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def to_numpy(tensor: Tensor, dtype=None) -> np.ndarray:

@@ -67,7 +67,7 @@ def _keep_freed_memory() -> None:
     again: up to a third of the time of a pass over tiles that two threads share. The threshold
     rises to the size of a block that is freed; this one is never touched and so takes no memory.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def chunk_bounds(n_rows: int, size: int) -> list[tuple[int, int]]:

@@ -81,12 +81,12 @@ class Convolution:
         def along(size: int, kernel: int, count: int) -> Tensor:
             """Coordinate of each weight at each place (count, kernel)."""
             overhang = max(0, (count - 1) * self.stride + kernel - size)
-            first = torch.arange(count) * self.stride - overhang // 2
-            return first.unsqueeze(1) + torch.arange(kernel)
+            first = torch.arange(count, device="cpu") * self.stride - overhang // 2
+            return first.unsqueeze(1) + torch.arange(kernel, device="cpu")
 
         rows = along(height, self.kernel_size[0], self.map_shape[0])[:, None, None, :, None]
         columns = along(width, self.kernel_size[1], self.map_shape[1])[None, :, None, None, :]
-        channel = torch.arange(channels)[None, None, :, None, None]
+        channel = torch.arange(channels, device="cpu")[None, None, :, None, None]
         pixel = (channel * height + rows) * width + columns
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         inside = inside.expand_as(pixel).reshape(self.n_places, self.n_weights)
@@ -123,7 +123,7 @@ class Convolution:
 
     def everywhere(self, change: Tensor) -> Tensor:
         """Apply a change of maps (K, K) at every place: the matrix (K * places, K * places)."""
-        return torch.kron(change, torch.eye(self.n_places).to(change))
+        return torch.kron(change, torch.eye(self.n_places, device="cpu").to(change))
 
     def start(
         self, family: Family, observations: Observations, intercept: Tensor, n_kernels: int

@@ -167,7 +167,7 @@ def log_base_rows(X, family: Family) -> Tensor:
     """Sum of log h(x) over the observed entries of each row, float64 (n,), where X lies."""
     n, p = X.shape
     at_zero = 0.0
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     if bool(family.support.contains(zero)):
         at_zero = float(family.log_base(zero))
 

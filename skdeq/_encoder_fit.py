@@ -96,7 +96,7 @@ def start_weights(n_components: int, varying: Tensor, generator: torch.Generator
     generator : torch.Generator
     """
     n_inputs = len(varying) + 1
-    weights = torch.empty(n_components, n_inputs, dtype=torch.float64)
+    weights = torch.empty(n_components, n_inputs, dtype=torch.float64, device="cpu")
     torch.nn.init.orthogonal_(weights, generator=generator)
     length = _START * (n_inputs / SQUARED_NORM) ** 0.5
     weights = torch.nn.functional.normalize(weights, dim=1) * length
@@ -260,7 +260,7 @@ class EncoderTrainer:
         lowest, kept, n_kept = None, self.weights.clone(), 0
         for _ in range(options.max_iter):
             progress.begin()
-            order = torch.randperm(rows.n_rows, generator=generator).to(rows.home)
+            order = torch.randperm(rows.n_rows, generator=generator, device="cpu").to(rows.home)
             if lowest is None:
                 lowest = self.loss_of(sample_weight, order)
             loss = self.epoch(sample_weight, order)

@@ -224,7 +224,7 @@ class LatentVariableEstimator(FittedLatents):
             From top latents to scores.
         """
         latents = top_latents(model.latents, model.upper)
-        dtype = numpy_dtype(torch.empty(0, dtype=setting.narrow or latents.dtype))
+        dtype = numpy_dtype(torch.empty(0, dtype=setting.narrow or latents.dtype, device="cpu"))
         components, to_scores = self._principal(
             model, latents, moments[1], setting.sample_weight, dtype
         )
@@ -257,7 +257,9 @@ class LatentVariableEstimator(FittedLatents):
             return orthonormal_scores(model.loadings, covariance, jacobian)
         kernels = convolution.kernels(model.loadings)
         basis, change = orthonormal_scores(
-            kernels.T, convolution.shared(covariance), torch.eye(len(kernels)).to(covariance)
+            kernels.T,
+            convolution.shared(covariance),
+            torch.eye(len(kernels), device="cpu").to(covariance),
         )
         self.kernels_ = to_numpy(
             basis.reshape(-1, convolution.image_shape[0], *convolution.kernel_size),

@@ -560,7 +560,7 @@ class ExpFamilyDEQ(
 
         p, *_, k = self._layer_sizes()
         # What a new layer draws is thrown away, and must not move torch's global generator.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             layer = EquilibriumLayer(
                 p,
                 k,

@@ -68,7 +68,7 @@ def exposure_offset(
         # What next to no weight has seen is no measure of a mean row.
         told = seen > _LEAST_SEEN * weight.sum()
         profile = np.divide(column, seen, out=np.zeros_like(column), where=told)
-    whole = torch.tensor(profile.sum())
+    whole = torch.tensor(profile.sum(), device="cpu")
     expected = whole - to_tensor(_profile_of_gaps(X, profile)) if has_gaps else whole
     return log_exposure(to_tensor(total), expected, whole), profile
 

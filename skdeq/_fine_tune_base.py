@@ -302,7 +302,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 sample_weight,
                 tuple(self.head_layer_sizes),
                 self._n_outputs(),
-                torch.Generator().manual_seed(int(seeds[1])),
+                torch.Generator("cpu").manual_seed(int(seeds[1])),
             )
         else:
             latents = self._latents(X)
@@ -313,7 +313,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         rows = TrainingRows(X, targets, sample_weight, latents, device)
         # In a stream every batch leaves out others.
         past = len(self.loss_curve_) if going_on and stream else 0
-        generator = torch.Generator().manual_seed(int(seeds[2]) + past)
+        generator = torch.Generator("cpu").manual_seed(int(seeds[2]) + past)
         layer = self.backbone_.to_module()
         trainer = HeadTrainer(layer, head, self._head_options(), rows, self._loss(), generator)
         if stream:

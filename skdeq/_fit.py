@@ -106,7 +106,7 @@ def _best_scale(
 ) -> LatentModel:
     """Scale the first kernels to what serves some of the rows best."""
     n = setting.observations.shape[0]
-    some = setting.take(torch.arange(0, n, max(1, n // _TRIAL_ROWS)).to(intercept.device))
+    some = setting.take(torch.arange(0, n, max(1, n // _TRIAL_ROWS), device=intercept.device))
     best: tuple[float, LatentModel | Any] = (torch.inf, None)
     for halvings in range(_HALVINGS):
         parameters = [kernels * 0.5**halvings, intercept]
@@ -221,7 +221,7 @@ def fit_minibatches(
 
     for epoch in range(1, options.max_iter + 1):
         progress.begin()
-        order = torch.randperm(n, generator=generator).to(device)
+        order = torch.randperm(n, generator=generator, device="cpu").to(device)
         for index in order.split(size):
             batch = setting.take(index)
             share = batch.total_weight * n_batches / setting.total_weight

@@ -59,7 +59,9 @@ class Head:
         sizes = (latents.shape[1], *hidden, n_outputs)
         coefs, intercepts = [], []
         for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
-            drawn = torch.rand(n_in + 1, n_out, generator=generator, dtype=torch.float64)
+            drawn = torch.rand(
+                n_in + 1, n_out, generator=generator, dtype=torch.float64, device="cpu"
+            )
             drawn = ((2 * drawn - 1) / n_in**0.5).numpy().astype(latents.dtype)
             coefs.append(drawn[:-1])
             intercepts.append(drawn[-1])
@@ -178,7 +180,7 @@ class HeadTrainer:
             return self._latents[index]
         x = rows_of(self.rows.X, index, self.rows.device)
         if leave_out:
-            drawn = torch.rand(x.shape, generator=self.generator)
+            drawn = torch.rand(x.shape, generator=self.generator, device="cpu")
             x = x.masked_fill((drawn < self.options.dropout).to(x.device), torch.nan)
         # Where a row has several solutions, prediction will find the one from zero.
         start = self._latents[index] if self.layer.is_convex else None
@@ -294,7 +296,7 @@ class HeadTrainer:
             progress.begin()
             order = places
             if len(places) > options.batch_size:
-                order = places[torch.randperm(len(places), generator=self.generator)]
+                order = places[torch.randperm(len(places), generator=self.generator, device="cpu")]
             loss = self._epoch(order.to(self.rows.device))
             self.loss_curve.append(loss)
             merit = -loss
@@ -328,7 +330,7 @@ class HeadTrainer:
 
     def _ended(self, kept: list[Tensor] | None) -> "HeadTrainer":
         """Copy of this trainer whose training has ended here, while that of this one goes on."""
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         generator.set_state(self.generator.get_state())
         # The data are only read; and not every torch can copy a generator.
         ended = copy.deepcopy(self, {id(self.rows): self.rows, id(self.generator): generator})
@@ -363,7 +365,7 @@ class HeadTrainer:
             if values:
                 self.optimiser.state[parameter] = {
                     # Copies: Adam works in place, and the state may be wanted as it was.
-                    name: torch.tensor(value).to(
+                    name: torch.tensor(value, device="cpu").to(
                         parameter if value.ndim else parameter.new_empty(0, device="cpu")
                     )
                     for name, value in values.items()

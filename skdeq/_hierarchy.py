@@ -166,7 +166,9 @@ class HierarchyProblem:
             # only neighbours meet is at most twice its diagonal blocks: hence the half.
             grams = [layer.loadings.double().T @ layer.loadings.double() for layer in upper]
             self._inverses = [
-                (0.5 / alpha * torch.linalg.inv(gram + torch.eye(len(gram)).to(gram))).to(like)
+                (
+                    0.5 / alpha * torch.linalg.inv(gram + torch.eye(len(gram), device=gram.device))
+                ).to(like)
                 for gram, like in zip(grams, self._squares, strict=True)
             ]
 

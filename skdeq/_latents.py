@@ -231,8 +231,8 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
     Tensor of shape (k + 1, k)
         From at most 4,096 evenly spaced rows; the last row is the intercept.
     """
-    index = torch.arange(0, len(model.latents), -(-len(model.latents) // _VARIANCE_ROWS))
-    index = index.to(model.latents.device)
+    n, device = len(model.latents), model.latents.device
+    index = torch.arange(0, n, -(-n // _VARIANCE_ROWS), device=device)
     problem = row_problem(setting.take(index), model.loadings, model.intercept)
     gradient = _gradient_at_zero(problem).double()
     design = torch.cat([gradient, torch.ones_like(gradient[:, :1])], dim=1)

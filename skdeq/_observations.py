@@ -40,7 +40,12 @@ class CompressedRows:
             # That the layout is in beta is torch's business, not the user's.
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             csr = torch.sparse_csr_tensor(
-                self.indptr, self.indices, self.values, self.shape, check_invariants=False
+                self.indptr,
+                self.indices,
+                self.values,
+                self.shape,
+                device=self.values.device,
+                check_invariants=False,
             )
         # Without MKL torch multiplies only coordinate tensors on the CPU.
         if self.values.device.type == "cpu" and not torch.backends.mkl.is_available():

@@ -189,7 +189,7 @@ def explained_deviance(
     explained = 1 - residual / null if null > 0 else 0.0
     removed = float(parts.sum()) / null if null > 0 else 0.0
     if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
-        return torch.zeros(k, dtype=torch.float64), removed, largest
+        return torch.zeros(k, dtype=torch.float64, device="cpu"), removed, largest
     if not 0 < removed < torch.inf:
         # Far out the intercept does what the scores undo, and no part is a component's own.
         parts = scores.double().var(0, correction=0)

@@ -242,7 +242,8 @@ def spectral_start(
     else:
         # As many random directions as there are rows span whatever is in them.
         size = n if exact else min(n_components + _OVERSAMPLING, n, p)
-        basis = torch.randn(p, size, generator=generator, dtype=torch.float64).to(intercept)
+        basis = torch.randn(p, size, generator=generator, dtype=torch.float64, device="cpu")
+        basis = basis.to(intercept)
         for _ in range(_POWER_ITERATIONS):
             basis = residuals.normal(torch.linalg.qr(basis)[0])
             # Powers of large or tiny residuals must not leave the range of float32.

@@ -164,10 +164,10 @@ def make_adam(
     if state is not None:
         for one, first, second in zip(parameters, state.first, state.second, strict=True):
             optimiser.state[one] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.step), device="cpu"),
                 # Copies: Adam works in place, and the state may be wanted as it was.
-                "exp_avg": torch.tensor(first).to(one),
-                "exp_avg_sq": torch.tensor(second).to(one),
+                "exp_avg": torch.tensor(first, device=one.device).to(one),
+                "exp_avg_sq": torch.tensor(second, device=one.device).to(one),
             }
     return optimiser
 

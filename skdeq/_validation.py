@@ -295,7 +295,7 @@ def _check_sparse(estimator, X, family: Family) -> None:
         if bool(outside.any()):
             place = start + int(outside.nonzero()[0])
             _refuse(estimator, family, *_place(X, place), float(X.data[place]))
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     if X.nnz < X.shape[0] * X.shape[1]:
         if not bool(family.support.contains(zero)):
             row = int(np.flatnonzero(np.diff(X.indptr) < X.shape[1])[0])

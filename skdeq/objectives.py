@@ -236,6 +236,7 @@ class ObjectiveWeights:
         return torch.tensor(
             [self.lse, self.variance, self.decorrelation, self.weight_redundancy],
             dtype=torch.float64,
+            device="cpu",
         )
 
 

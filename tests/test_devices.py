@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA, sample
+from scipy import sparse
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
 from skdeq._base import resolve_device
@@ -158,3 +159,15 @@ def test_verbose_says_where(name, no_card, capsys):
     estimator.set_params(device="auto", verbose=1).fit(X, Y)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"[{type(estimator).__name__}] on cpu"
+
+
+@every_estimator
+def test_torchs_default_device_is_not_ours(name):
+    # A script may have set it for its own tensors; estimators have a parameter for theirs.
+    expected = fitted(name)
+    method = "predict" if hasattr(expected, "predict") else "transform"
+    with torch.device("meta"):
+        found = fitted(name)
+        outcome = getattr(found, method)(X)
+        getattr(found, method)(sparse.csr_array(X))
+    np.testing.assert_array_equal(outcome, getattr(expected, method)(X))
