@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import _num_samples
 
-from skdeq._base import numpy_dtype, seeded_generator, to_numpy, to_tensor
+from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
 from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._expfam_layout import (
@@ -17,6 +17,7 @@ from skdeq._expfam_layout import (
     refuse_changes,
 )
 from skdeq._family import Family
+from skdeq._family_checks import check_parts
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
@@ -76,6 +77,8 @@ class LatentVariableEstimator(FittedLatents):
         """Validate training data: X, setting, exposure profile."""
         family = self._family().exact
         X = check_observations(self, X, family, reset=reset)
+        if reset:
+            check_parts(family, resolve_device(self.device, X))
         n, p = X.shape
         if sample_weight is not None:
             sample_weight = check_weights(sample_weight, X)

@@ -12,6 +12,7 @@ from ._canonical import Identity, ReLU, Softplus, Tanh
 from ._families_bounded import Bernoulli, Binomial, ContinuousBernoulli, Gaussian, Rademacher
 from ._families_positive import Gamma, NegativeBinomial, Poisson
 from ._family import CanonicalMap, Family
+from ._family_checks import check_intervals
 from ._interval import Interval
 
 __all__ = [
@@ -66,6 +67,7 @@ def _look_up(
     choice: object, kind: type[_Kind], registry: Mapping[str, type[_Kind]], what: str
 ) -> _Kind:
     if isinstance(choice, kind):
+        check_intervals(choice)
         return choice
     if isinstance(choice, str):
         if choice in registry:

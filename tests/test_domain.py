@@ -8,7 +8,14 @@ from numpy.testing import assert_allclose
 from sklearn.exceptions import ConvergenceWarning
 
 from skdeq import ExpFamilyDEQ
-from skdeq.families import Family, Gamma, Interval, NegativeBinomial, Poisson
+from skdeq.families import (
+    CanonicalMap,
+    Family,
+    Gamma,
+    Interval,
+    NegativeBinomial,
+    Poisson,
+)
 from skdeq.nn import EquilibriumLayer
 
 
@@ -133,3 +140,52 @@ def test_negative_binomial_tends_to_poisson(dtype):
     near = ExpFamilyDEQ(2, family=NegativeBinomial(1e-8), random_state=0).fit(X)
     assert near.map_latents(X).converged.all()
     assert near.score(X) == pytest.approx(limit.score(X), abs=2e-3)
+
+
+class Counts(Family):
+    support = Interval(0, float("inf"), True, False)
+
+    def log_base(self, x):
+        return -torch.lgamma(x + 1)
+
+    def log_partition(self, eta):
+        return eta.exp()
+
+    def mean(self, eta):
+        return eta.exp()
+
+    def variance(self, eta):
+        return eta.exp()
+
+
+class Exponential(CanonicalMap):
+    def value(self, zeta):
+        return zeta.exp()
+
+    def derivative(self, zeta):
+        return zeta.exp()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("support", (0, 1), r"support of Wrong must be an Interval, .* got \(0, 1\)"),
+        ("log_base", lambda self, x: 0.0, "log_base of Wrong must return a tensor .* got 0.0"),
+        ("log_base", lambda self, x: torch.zeros(()), r"got a tensor of shape \(\)"),
+        ("variance", lambda self, eta: 1.0, "variance of Wrong must return a tensor"),
+        ("mean", lambda self, eta: eta.float(), r"\(2, 1\) and torch.float32"),
+        ("variance", lambda self, eta: -eta.exp(), "variance of family Wrong is -1 at eta = 0"),
+        ("log_partition", lambda self, eta: eta * torch.nan, "Wrong is not finite at eta = 0"),
+    ],
+)
+def test_a_family_of_ones_own_is_told_what_is_wrong_with_it(name, part, message):
+    X = sample("poisson")
+    ExpFamilyDEQ(1, family=Counts()).fit(X)
+    wrong = type("Wrong", (Counts,), {name: part})()
+    with pytest.raises((TypeError, ValueError), match=message):
+        ExpFamilyDEQ(1, family=wrong).fit(X)
+
+
+def test_a_map_that_leads_out_of_the_domain_is_refused():
+    with pytest.raises(ValueError, match="Exponential finds no linear predictor .* 'gamma'"):
+        ExpFamilyDEQ(1, family="gamma", canonical_map=Exponential()).fit(sample("gamma"))

@@ -1,0 +1,96 @@
+"""Check of families and canonical maps of the user's own, before a fit trips over them."""
+
+import torch
+from torch import Tensor
+
+from ._family import CanonicalMap, Family
+from ._interval import Interval
+
+__all__ = ["check_intervals", "check_parts"]
+
+
+def check_intervals(part: Family | CanonicalMap) -> None:
+    """Refuse a support, a domain or a range that is no interval.
+
+    Raises
+    ------
+    TypeError
+    """
+    names = ("support", "domain") if isinstance(part, Family) else ("range",)
+    for name in names:
+        found = getattr(part, name)
+        if not isinstance(found, Interval):
+            raise TypeError(
+                f"{name} of {type(part).__name__} must be an Interval, such as "
+                "Interval(0, float('inf'), True, False) for the numbers from 0 upwards (from "
+                f"skdeq.families import Interval); got {found!r}."
+            )
+
+
+def check_parts(family: Family, device: torch.device) -> None:
+    """Refuse a family whose methods do not fit together, at a point inside its domain.
+
+    Parameters
+    ----------
+    family : Family
+        Seen through a canonical map or not.
+    device : torch.device
+        Where the arguments are.
+
+    Raises
+    ------
+    TypeError
+        For methods that do not return a tensor of the shape and type of their argument.
+    ValueError
+        For a log-partition that is not finite or a negative variance in the domain, and for a map
+        that leads out of it.
+    """
+    base = family.base
+    eta = torch.full((2, 1), base.domain.inside(), dtype=torch.float64, device=device)
+    log_partition = _value(base, "log_partition", eta)
+    mean, variance = _value(base, "mean", eta), _value(base, "variance", eta)
+    for method in ("sufficient", "log_base"):
+        _value(base, method, mean)
+    at = f"at eta = {float(eta[0]):g}, in its domain {base.domain}"
+    if not bool(torch.isfinite(torch.cat([log_partition, mean, variance])).all()):
+        raise ValueError(
+            f"Family {type(base).__name__} is not finite {at}: log_partition is "
+            f"{float(log_partition[0]):g}, mean {float(mean[0]):g}, variance "
+            f"{float(variance[0]):g}. Where its canonical parameters end, `domain` must say so."
+        )
+    if float(variance[0]) < 0:
+        raise ValueError(
+            f"The variance of family {type(base).__name__} is {float(variance[0]):g} {at}: it "
+            "must be the second derivative of log_partition, which is convex."
+        )
+    if not family.is_canonical:
+        _check_map(family.canonical_map, base, eta)
+
+
+def _check_map(canonical_map: CanonicalMap, base: Family, eta: Tensor) -> None:
+    name = type(canonical_map).__name__
+    zeta = _value(canonical_map, "inverse", eta)
+    found = _value(canonical_map, "value", zeta)
+    _value(canonical_map, "derivative", zeta)
+    if not bool(base.domain.contains(found).all()):
+        raise ValueError(
+            f"Canonical map {name} finds no linear predictor for canonical parameters of family "
+            f"{base.name!r}, which are in {base.domain}: for {float(eta[0]):g} it goes to "
+            f"{float(found[0]):g}. Its `range`, now {canonical_map.range}, must say what values "
+            "it takes."
+        )
+
+
+def _value(part: Family | CanonicalMap, method: str, x: Tensor) -> Tensor:
+    found = getattr(part, method)(x.clone())
+    if isinstance(found, Tensor) and found.shape == x.shape and found.dtype == x.dtype:
+        return found
+    what = (
+        f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
+        if isinstance(found, Tensor)
+        else f"{found!r} of type {type(found).__name__}"
+    )
+    raise TypeError(
+        f"{method} of {type(part).__name__} must return a tensor of the shape and type of its "
+        f"argument, here {tuple(x.shape)} and {x.dtype}; got {what}."
+    )
