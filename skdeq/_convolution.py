@@ -52,6 +52,14 @@ class Convolution:
     kernel_size: tuple[int, int]
     stride: int
 
+    def __str__(self) -> str:
+        channels, height, width = self.image_shape
+        of = f"{channels} x " if channels > 1 else ""
+        return (
+            f"convolution of {of}{height} x {width} pixels with kernels of "
+            f"{self.kernel_size[0]} x {self.kernel_size[1]}, stride {self.stride}"
+        )
+
     @property
     def n_pixels(self) -> int:
         """Features: pixels of all channels."""

@@ -142,43 +142,41 @@ class LatentVariableEstimator(FittedLatents):
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
         store(self, (model, trace))
-        if self._is_endless:
-            warn(
-                f"{type(self).__name__} did not converge: with weight_decay=0 these data have no "
-                "finite optimum, and the components are as long as the iterations made them. Any "
-                "positive weight_decay gives them one.",
-                ConvergenceWarning,
-            )
-        elif not trace.converged and not progress.stopped:
-            advice = ", or weight_decay: without it the optimum may lie at infinity"
-            advice = advice if self.weight_decay == 0 else ""
-            warn(
-                f"{type(self).__name__} did not converge: the objective still changed by more "
-                f"than tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
-                f"increase max_iter or tol{advice}.",
-                ConvergenceWarning,
-            )
-        self._warn_if_useless()
+        self._warn_of_fit(stopped=progress.stopped)
         return setting, model
 
-    def _warn_if_useless(self) -> None:
-        """Warn if the components are zero, or worse than nothing."""
-        if self.explained_deviance_ratio_.sum() >= NEXT_TO_NOTHING:
-            return
-        penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
+    def _warn_of_fit(self, *, stopped: bool) -> None:
+        """Warn, once, of a fit that is not what was asked for."""
         name = type(self).__name__
-        if not self._to_scores.any():
+        penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
+        if self._is_endless:
+            what = (
+                f"{name} did not converge: with weight_decay=0 these data have no finite optimum, "
+                "and the components are as long as the iterations made them. Any positive "
+                "weight_decay gives them one."
+            )
+        elif not self._to_scores.any():
             what = (
                 f"All {self.n_components} components of {name} are zero: the penalties "
                 f"{penalties} outweigh all that the rows tell. Lower weight_decay, or check that "
                 "the rows differ."
             )
-        else:
+        elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
             what = (
                 f"The components of {name} explain less than none: the deviance is larger than "
                 f"that of the intercept alone. With {penalties} the fit has gone too far out; "
                 "raise them."
             )
+        elif not self.converged_ and not stopped:
+            advice = ", or weight_decay: without it the optimum may lie at infinity"
+            advice = advice if self.weight_decay == 0 else ""
+            what = (
+                f"{name} did not converge: the objective still changed by more than "
+                f"tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
+                f"increase max_iter or tol{advice}."
+            )
+        else:
+            return
         warn(what, ConvergenceWarning)
 
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:

@@ -525,15 +525,16 @@ class ExpFamilyDEQ(
         return float(np.average(scores, weights=weight))
 
     def architecture(self) -> Architecture:
-        """Describe the equilibrium layer that family and canonical map amount to.
+        """Describe the equilibrium layer that the parameters amount to.
 
         Needs no data: it is a matter of the parameters.
 
         Returns
         -------
         Architecture
-            With the fields `family`, `canonical_map`, `log_partition`, `canonical_parameter`,
-            `activation` and `mask`, all text; printed, a table.
+            With the fields `family`, `canonical_map`, `sufficient_statistic`, `log_partition`,
+            `canonical_parameter`, `activation`, `mask`, `loadings`, `hidden_layer_sizes`,
+            `hidden_activation`, `hidden_mask` and `equilibrium`, the equations; printed, a table.
 
         Examples
         --------
@@ -542,7 +543,15 @@ class ExpFamilyDEQ(
         'sigmoid(zeta)'
         """
         self._family()
-        return describe(get_family(self.family), get_canonical_map(self.canonical_map))
+        convolution = self._convolution()
+        loadings = "dense" if convolution is None else str(convolution)
+        return describe(
+            get_family(self.family),
+            get_canonical_map(self.canonical_map),
+            loadings=loadings,
+            hidden_layer_sizes=self._sizes()[:-1],
+            hidden_map=get_canonical_map(self.hidden_map),
+        )
 
     def to_module(self) -> "EquilibriumLayer":
         """Return the fitted equilibrium layer as a torch module, to be trained further.

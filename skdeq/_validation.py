@@ -217,13 +217,34 @@ def _validated(estimator, X, dtypes: Sequence[type], *, reset: bool, min_rows: i
         X = X.numpy()
     # With dispatch scikit-learn would hand back what it was given, in types that are not ours.
     with config_context(array_api_dispatch=False):
-        X = validate_data(estimator, X, dtype=list(dtypes), order="C", **options)
+        try:
+            X = validate_data(estimator, X, dtype=list(dtypes), order="C", **options)
+        except ValueError as error:
+            _refuse_text(estimator, X, error)
+            raise
     if not sp.issparse(X):
         return to_tensor(X)
     if not X.has_canonical_format:
         X = X.copy()
         X.sum_duplicates()
     return X
+
+
+def _refuse_text(estimator, X, error: ValueError) -> None:
+    """Say where the text is that could not be read as a number, if that was the error."""
+    if "could not convert string to float" not in str(error):
+        return
+    entries = np.asarray(X, dtype=object)
+    for place in np.ndindex(entries.shape):
+        try:
+            float(entries[place])
+        except (TypeError, ValueError):
+            if entries.ndim == 2 and isinstance(entries[place], str):
+                raise ValueError(
+                    f"{type(estimator).__name__} accepts numbers, and not text: row {place[0]}, "
+                    f"column {place[1]} of X is {entries[place]!r} (could not convert string to "
+                    "float). Encode such columns as numbers first, or leave them out."
+                ) from error
 
 
 def _accepted(X: Tensor, dtypes: Sequence[type], name: str) -> Tensor:

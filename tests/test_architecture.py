@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import FAMILY_OBJECTS
+from conftest import FAMILY_OBJECTS, sample
 
 from skdeq import ExpFamilyDEQ, _architecture
 from skdeq.families import CANONICAL_MAPS, ReLU, get_canonical_map, get_family
@@ -68,3 +68,33 @@ def test_table_and_text():
     assert ExpFamilyDEQ(canonical_map=ReLU("off")).architecture().mask == "1"
     text = str(ExpFamilyDEQ(family="poisson").architecture())
     assert "activation             exp(zeta)" in text
+
+
+@pytest.mark.parametrize("sizes", [(5,), (5, 3)])
+def test_equations_of_hidden_layers_hold_at_their_equilibrium(sizes):
+    X = sample("poisson")
+    model = ExpFamilyDEQ(
+        2, family="poisson", hidden_layer_sizes=sizes, alpha=1.3, max_iter=3, fixed_point_tol=1e-10
+    ).fit(X)
+    layer, parts = model.architecture(), model.map_latents(X).layers
+    assert layer.hidden_layer_sizes == sizes
+
+    def formula(text, **values):
+        return eval(text.replace("^2", "**2"), {}, {**NAMES, **values})  # noqa: S307
+
+    values = {"x": X[4], "alpha": 1.3, "m": 1.0, "o": 0.0, "T": lambda x: x}
+    pairs = [(model.loadings_, model.intercept_)]
+    pairs += zip(model.hidden_loadings_, model.hidden_intercepts_, strict=True)
+    for at, ((W, b), part) in enumerate(zip(pairs, parts, strict=True), 1):
+        values |= {f"W{at}": W, f"b{at}": b, f"z{at}": part[4], f"zeta{at}": W @ part[4] + b}
+    for name in ("activation", "mask"):
+        values[name] = formula(getattr(layer, name), zeta=values["zeta1"])
+    values["R_h"] = lambda zeta: formula(layer.hidden_activation, zeta=zeta)
+    values["slope"] = lambda zeta: formula(layer.hidden_mask, zeta=zeta)
+    for equation in layer.equilibrium:
+        left, *_, right = equation.split(" = ")
+        for at in range(1, len(sizes) + 2):
+            right = right.replace(f"W{at}^T ", f"W{at}.T @ ").replace(f"W{at} z", f"W{at} @ z")
+        right = right.replace("R_h'", "slope").replace("[", "(").replace("]", ")")
+        np.testing.assert_allclose(formula(right, **values), values[left], atol=1e-7)
+    assert "R_h(zeta) = tanh(zeta)" in str(layer)
