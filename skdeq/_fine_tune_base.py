@@ -338,7 +338,12 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             warn(
                 f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
                 f"{self.backbone_.family!r} or the finite numbers and were taken back: lower "
-                f"learning_rate={self.learning_rate:g}.",
+                f"learning_rate={self.learning_rate:g}"
+                + (
+                    f" or backbone_learning_rate={self.backbone_learning_rate:g}."
+                    if self.fine_tune and self.backbone_learning_rate is not None
+                    else "."
+                ),
                 ConvergenceWarning,
             )
         elif not converged:

@@ -203,7 +203,7 @@ class ImplicitEMEncoder(
 
     _parameter_constraints = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
-        "activation": [StrOptions(set(ACTIVATIONS)), Activation, tuple],
+        "activation": [StrOptions(set(ACTIVATIONS)), Activation, tuple, list],
         "lse_weight": [Interval(Real, 0, None, closed="left")],
         "variance_weight": [Interval(Real, 0, None, closed="left")],
         "decorrelation_weight": [Interval(Real, 0, None, closed="left")],
