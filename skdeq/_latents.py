@@ -125,12 +125,12 @@ def solve_latents(
     zero = loadings.new_zeros(problem.n_rows, problem.r)
     begin = _first_latents(problem, setting, zero, start, check_start, start_map)
 
-    def solve(part: Any, value: Tensor) -> FixedPointResult:
+    def solve(part: Any, value: Tensor, tol: float = tol) -> FixedPointResult:
         return SOLVERS[method](part, value, tol=tol, max_iter=max_iter)
 
     def work(low: int, high: int) -> FixedPointResult:
         part, value = problem.chunk(low, high), begin[low:high]
-        result = _in_stages(solve, part, value, stages) if stages else solve(part, value)
+        result = _in_stages(solve, part, value, stages, tol) if stages else solve(part, value)
         if quadratic:
             # The shared step is Newton's own, but where entries are missing: it leaves rounding.
             rows = torch.arange(high - low, device=value.device)
@@ -175,10 +175,11 @@ def _first_latents(
 
 
 def _in_stages(
-    solve: Callable[[Any, Tensor], FixedPointResult],
+    solve: Callable[[Any, Tensor, float], FixedPointResult],
     problem: MapProblem | HierarchyProblem,
     value: Tensor,
     widths: tuple[float, ...],
+    tol: float,
 ) -> FixedPointResult:
     """Solve rows through kinks that are rounded off over ever smaller widths."""
     rows = torch.arange(len(value), device=value.device)
@@ -192,7 +193,8 @@ def _in_stages(
             wider, wide = widths[at - 2 : at]
             guess = torch.lerp(value, last, (width - wide) / (wider - wide))
             start = _better_of(problem, guess, value, rows, problem.objective(value, rows))
-        result = solve(problem, start)
+        # On the ramp rounding of a predictor is that much of the slope.
+        result = solve(problem, start, max(tol, torch.finfo(value.dtype).eps / width))
         last, value, n_iter = value, result.value, n_iter + result.n_iter
     return replace(result, n_iter=n_iter)
 

@@ -187,5 +187,5 @@ def test_a_family_of_ones_own_is_told_what_is_wrong_with_it(name, part, message)
 
 
 def test_a_map_that_leads_out_of_the_domain_is_refused():
-    with pytest.raises(ValueError, match="Exponential finds no linear predictor .* 'gamma'"):
+    with pytest.raises(ValueError, match="Exponential leads out of the domain .* 'gamma'"):
         ExpFamilyDEQ(1, family="gamma", canonical_map=Exponential()).fit(sample("gamma"))
