@@ -214,6 +214,22 @@ def through(family: Family, canonical_map: CanonicalMap) -> Family:
     return family if canonical_map == Identity() else MappedFamily(family, canonical_map)
 
 
+def _preimage(domain: Interval, canonical_map: CanonicalMap) -> Interval:
+    """Linear predictors that an increasing map takes to the domain; all, for any other map."""
+    reals, range_ = Family.domain, canonical_map.range
+    ends = torch.tensor([domain.low, domain.high], dtype=torch.float64, device="cpu")
+    inside = torch.tensor([range_.low < domain.low, domain.high < range_.high], device="cpu")
+    if not bool(inside.any()):
+        return reals
+    low, high = canonical_map.inverse(ends).where(inside, ends.sign() * torch.inf).tolist()
+    low, high = (low if inside[0] else -math.inf), (high if inside[1] else math.inf)
+    if not low < high:
+        return reals
+    found = Interval(low, high, domain.low_inclusive, domain.high_inclusive)
+    within = canonical_map.value(ends.new_full((1,), found.inside()))
+    return found if bool(domain.contains(within)) else reals
+
+
 class MappedFamily(Family):
     """A family as a function of the linear predictor, through a canonical map.
 
@@ -238,6 +254,7 @@ class MappedFamily(Family):
                 f"{canonical_map.range}, but those of family {base.name!r} are in {base.domain}."
             )
         self._base, self.canonical_map = base, canonical_map
+        self.domain = _preimage(base.domain, canonical_map)
         self.name, self.support, self.accepts = base.name, base.support, base.accepts
 
     def _parameters(self) -> tuple:

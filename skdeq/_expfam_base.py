@@ -235,7 +235,10 @@ class LatentVariableEstimator(FittedLatents):
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
         self._to_scores = to_numpy(to_scores, dtype)
-        self._curvature = to_numpy(typical_variance(setting, model.bottom, "rows"), dtype)
+        curvature = typical_variance(setting, model.bottom, "rows")
+        # Of entries that are missing in all but a few rows it may be beyond float32.
+        curvature = curvature.clamp_max(float(np.finfo(dtype).max))
+        self._curvature = to_numpy(curvature, dtype)
         self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
         self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
         return to_scores

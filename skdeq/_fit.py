@@ -28,7 +28,7 @@ _BATCH_SIZE = 256
 _TRIAL = 4
 # Rows and scales that the first kernels of a convolution are tried on.
 _TRIAL_ROWS = 500
-_HALVINGS = 8
+_HALVINGS, _MOST_HALVINGS = 8, 60
 # Iterations of each layer before all are trained together.
 _GREEDY = 20
 # Scaled residual up to which latents are solved for one step of a minibatch.
@@ -108,7 +108,11 @@ def _best_scale(
     n = setting.observations.shape[0]
     some = setting.take(torch.arange(0, n, max(1, n // _TRIAL_ROWS), device=intercept.device))
     best: tuple[float, LatentModel | Any] = (torch.inf, None)
-    for halvings in range(_HALVINGS):
+    null = null_model(some)[1]
+    for halvings in range(_MOST_HALVINGS):
+        # Where few rows have all the weight the first kernels may be much too long.
+        if halvings >= _HALVINGS and best[0] < null:
+            break
         parameters = [kernels * 0.5**halvings, intercept]
         model = model_of(setting, parameters)
         solved = solve_latents(some, *model.parameters, **options.latent_solver())

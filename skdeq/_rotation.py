@@ -193,6 +193,8 @@ def explained_deviance(
     if not 0 < removed < torch.inf:
         # Far out the intercept does what the scores undo, and no part is a component's own.
         parts = scores.double().var(0, correction=0)
+    if not float(parts.sum()) > 0:  # rows of a batch that are all the same
+        parts = torch.ones_like(parts)
     return parts * (explained / parts.sum()), removed, largest
 
 

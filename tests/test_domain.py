@@ -189,3 +189,24 @@ def test_a_family_of_ones_own_is_told_what_is_wrong_with_it(name, part, message)
 def test_a_map_that_leads_out_of_the_domain_is_refused():
     with pytest.raises(ValueError, match="Exponential leads out of the domain .* 'gamma'"):
         ExpFamilyDEQ(1, family="gamma", canonical_map=Exponential()).fit(sample("gamma"))
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "adam"}, {"hidden_layer_sizes": (3,)}])
+def test_half_a_line_through_a_map_is_kept_to(options):
+    # Of tanh(zeta) < 0, which is zeta < 0, only the first half was known.
+    rng = np.random.default_rng(4)
+    X = np.floor(rng.gamma(1.0, 5.0, size=(12, 8)))
+    X[rng.random(X.shape) < 0.4] = np.nan
+    deq = ExpFamilyDEQ(
+        2,
+        family="negative_binomial",
+        canonical_map="tanh",
+        weight_decay=1e-3,
+        max_iter=300,
+        random_state=0,
+        **options,
+    ).fit(X)
+    assert np.isfinite(deq.loss_curve_).all()
+    assert (deq.intercept_ < 0).all()
+    assert deq.map_latents(X).converged.all()
+    assert np.isfinite(deq.score_samples(X)).all()

@@ -231,3 +231,11 @@ def test_a_stream_does_not_go_on_with_another_model(change):
         stream.partial_fit(X)
     np.testing.assert_array_equal(stream.loadings_, before)
     assert not stream.converged_
+
+
+def test_a_batch_of_empty_rows_explains_what_it_can():
+    for seed in range(12):
+        X = np.random.default_rng(seed).poisson(0.2, size=(60, 5)).astype(float)
+        deq = ExpFamilyDEQ(1, family="poisson").fit(X[:20])
+        deq.partial_fit(X[20:40]).partial_fit(np.zeros((4, 5)))
+        assert np.isfinite(deq.explained_deviance_ratio_).all()

@@ -63,3 +63,16 @@ def test_too_few_rows_of_positive_weight_are_named():
     weight[3] = 1
     with pytest.raises(ValueError, match="n_samples=1 with positive weight, n_features=9"):
         ExpFamilyDEQ(2, family="poisson").fit(X, sample_weight=weight)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e3, 1e6])
+def test_kernels_are_no_worse_than_none_whatever_row_has_the_weight(weight):
+    rng = np.random.default_rng(0)
+    X = (rng.random((6, 16)) < 0.5).astype(float)
+    weights = np.array([weight, 1, 1, 1, 1, 1])
+    deq = ExpFamilyDEQ(
+        2, family="bernoulli", loadings="conv2d", image_shape=(4, 4), kernel_size=2, random_state=0
+    ).fit(X, sample_weight=weights)
+    mean = np.average(X, axis=0, weights=weights).clip(1e-12, 1 - 1e-12)
+    losses = -(X * np.log(mean) + (1 - X) * np.log(1 - mean)).sum(axis=1)
+    assert deq.loss_curve_[-1] <= np.average(losses, weights=weights) * (1 + 1e-6)
