@@ -134,10 +134,13 @@ def has_short_digits(X, family: Family) -> bool:
     """Whether float32 has too few digits for the terms of the objective of validated data.
 
     These are as large as the largest entry, or its square if the variance is constant, and what
-    the model explains is what is left of them.
+    the model explains is what is left of them. Where canonical parameters end, as those of amounts
+    at 0, variances next to the end are squares of what rounding has left of a predictor.
     """
     if numpy_dtype(X) != np.float32:
         return False
+    if not family.domain.is_real_line:
+        return True
 
     def largest(block: Tensor) -> Tensor:
         return torch.nan_to_num(block, nan=0.0).abs().amax()

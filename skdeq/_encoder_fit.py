@@ -55,6 +55,8 @@ _PATIENCE = 5
 _FIRST_BATCHES = 8
 # Loss of an epoch above the best one, as a share of that, which sends the fit back to it.
 _ASTRAY = 1.0
+# Share of a loss that may be rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class EncoderTrainer:
         best, quiet = torch.inf, 0
         # Of the weights that were best so far, the first ones among them, and the epochs to them.
         lowest, kept, n_kept = None, self.weights.clone(), 0
-        for _ in range(options.max_iter):
+        for left in reversed(range(options.max_iter)):
             progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator, device="cpu").to(rows.home)
             if lowest is None:
@@ -266,9 +268,12 @@ class EncoderTrainer:
             loss = self.epoch(sample_weight, order)
             trace.loss_curve.append(loss)
             trace.n_iter += 1
-            astray = loss - lowest > _ASTRAY * max(abs(lowest), 1.0)
+            size = max(abs(lowest), 1.0)
+            astray = loss - lowest > _ASTRAY * size
+            # By more than rounding: the loss of an only batch is that of the weights before.
+            lower = loss < lowest - _ROUNDING * size
             # Steps that are too long do not get below where they came from.
-            astray |= not n_kept and trace.n_iter >= _PATIENCE and loss > lowest
+            astray |= not (n_kept or lower) and trace.n_iter >= _PATIENCE and left > 0
             if astray or self._is_lost(loss):
                 self._set_back(kept, trace, n_kept)
                 best, quiet = torch.inf, 0
@@ -279,7 +284,7 @@ class EncoderTrainer:
             # The objective may pass through zero, where its change has no scale.
             gained = best - loss > options.tol * max(abs(loss), 1.0)
             best, quiet = min(best, loss), 0 if gained else quiet + 1
-            if loss <= lowest:
+            if lower:
                 lowest, n_kept = loss, trace.n_iter
                 kept.copy_(self.weights)
             if stop or (options.tol > 0 and quiet >= _PATIENCE):

@@ -592,7 +592,7 @@ class ExpFamilyDEQ(
         if convolution is not None:
             tie_to_kernels(layer, convolution)
         if not self.whiten:
-            layer.rotation = to_tensor(self._to_scores).clone()
+            layer.rotation = to_tensor(self._to_scores).to(layer.loadings.dtype, copy=True)
         if self.exposure is not None:
             layer.exposure_profile = to_tensor(self._exposure_profile).to(layer.loadings.dtype)
         return layer

@@ -12,6 +12,7 @@ from skdeq._chunks import map_chunks
 from skdeq._hierarchy import HiddenLayer, HierarchyProblem
 from skdeq._map_problem import MapProblem
 from skdeq._model import LatentModel, Setting, latent_problem, row_problem
+from skdeq._newton import confirm
 from skdeq.fixed_point import (
     SOLVERS,
     SOLVERS_FROM_ZERO,
@@ -131,6 +132,8 @@ def solve_latents(
     def work(low: int, high: int) -> FixedPointResult:
         part, value = problem.chunk(low, high), begin[low:high]
         result = _in_stages(solve, part, value, stages, tol) if stages else solve(part, value)
+        if method not in SOLVERS_WITH_HESSIANS and not bounded:
+            confirm(part, result, tol=tol, batch_rows=problem.hessian_rows())
         if quadratic:
             # The shared step is Newton's own, but where entries are missing: it leaves rounding.
             rows = torch.arange(high - low, device=value.device)

@@ -13,7 +13,7 @@ from skdeq._fixed_point_problem import (
     effective_tolerance,
 )
 
-__all__ = ["NewtonSystems", "backtrack", "newton", "newton_step"]
+__all__ = ["NewtonSystems", "backtrack", "confirm", "newton", "newton_step"]
 
 # Sufficient decrease, and how often a step may be cut, in the backtracking line search.
 _ARMIJO = 1e-4
@@ -276,6 +276,30 @@ def newton(
     if len(rows):
         residual[rows] = _Look(problem, value[rows], rows).residual
     return FixedPointResult(value, residual, residual <= tol, n_iter)
+
+
+def confirm(
+    problem: FixedPointProblem, result: FixedPointResult, *, tol: float, batch_rows: int
+) -> None:
+    """Look with their own Hessians at the rows that another solver calls solved, in place.
+
+    Where curvatures have no bound, one that rows share may say little of a row's own.
+
+    Parameters
+    ----------
+    problem : FixedPointProblem
+    result : FixedPointResult
+        Rows that are not solved after all are marked as such.
+    tol : float
+        That of the solver.
+    batch_rows : int
+        Rows whose Hessians are to be held at a time.
+    """
+    tol = effective_tolerance(tol, result.value.dtype)
+    for rows in result.converged.nonzero().squeeze(1).split(batch_rows):
+        residual = _Look(problem, result.value[rows], rows).residual
+        result.residual[rows] = torch.maximum(residual, result.residual[rows])
+        result.converged[rows] = residual <= tol
 
 
 def _repeat(

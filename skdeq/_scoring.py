@@ -40,6 +40,8 @@ _REFRESH = 5
 _GROWTH = 1.5
 # Halvings of a step along the limit of an intercept.
 _MOST_CUTS = 6
+# Steps in a row that raise the objective, each half as long as the one before, that end a fit.
+_MOST_REFUSED = 8
 
 
 def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], LatentModel]:
@@ -76,8 +78,12 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     if setting.weight_decay == 0 or not 0 < size < torch.inf:
         forward, backward = identity, identity
     else:
-        moment = moment + 1e-12 * moment.trace() / k * identity
-        root, _ = torch.linalg.cholesky_ex(moment)
+        ridge, info = 1e-12 * moment.trace() / k * identity, True
+        while info:
+            # Latents in fewer directions than there are components: what rounding left of the
+            # others may be negative, the more so in float32.
+            root, failed = torch.linalg.cholesky_ex(moment + ridge)
+            info, ridge = bool(failed), 100 * ridge
         values, vectors = torch.linalg.eigh(root.T @ gram @ root)
         vectors = vectors.flip(1)
         strength = values.flip(0).clamp_min(1e-16 * float(values[-1]) + 1e-300).sqrt()
@@ -168,7 +174,7 @@ class Scoring:
             self._half = self._majorised_half if bounded else self._shared_half
         self._lengths: dict[str, Tensor] = {}
         self._typical: dict[str, Tensor] = {}
-        previous, momentum, quiet = model, 1.0, 0
+        previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
         self._share = _FIRST_SHARE
@@ -192,18 +198,27 @@ class Scoring:
                 # A step beyond the bound of the curvature went too far: take it back.
                 point, momentum, self._share = accepted, 1.0, 1.0
                 latents, objective = self._rows(point)
+                refused += 1
+            else:
+                refused = 0
             accepted = point
             moved = LatentModel(point.loadings, point.intercept, latents)
             moved = self._columns(moved)
+            if refused > 1:
+                # The same step again would be refused again, for ever.
+                moved = LatentModel(point.loadings, point.intercept, latents).extrapolate(
+                    moved, -(0.5 ** (refused - 1))
+                )
             change = balance(self.setting, moved)
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
             gained = max(null_objective - objective, 0.0)
-            quiet = quiet + 1 if last - objective <= self.tol * gained else 0
+            if not refused:
+                quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
             stop = self._tell(objective, model, accepted)
-            if self.converged or stop:
+            if self.converged or stop or refused > _MOST_REFUSED:
                 break
         return self._checked(model, accepted)
 

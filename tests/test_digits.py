@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from numpy.testing import assert_allclose
 from scipy.stats import multivariate_normal
 
@@ -56,3 +57,56 @@ def test_large_amounts_and_counts_fit_as_in_float64(layout):
         )
         assert single.loss_curve_[-1] == pytest.approx(double.loss_curve_[-1], rel=1e-6)
         assert single.score(X) == pytest.approx(double.score(X), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [3, 6, 11])
+def test_components_without_rows_to_tell_them_apart_do_not_stop_a_float32_fit(seed):
+    # Latents in fewer directions than there are components: their moment is indefinite to
+    # rounding.
+    rng = np.random.default_rng(seed)
+    X = (rng.random((6, 39)) < 0.4) * 1.0
+    X = X[rng.integers(0, 6, size=6)]
+    losses = [
+        ExpFamilyDEQ(6, family="bernoulli").fit(X.astype(dtype)).loss_curve_[-1]
+        for dtype in (np.float32, np.float64)
+    ]
+    assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [17, 22, 26])
+def test_amounts_are_fitted_in_float32_as_in_float64(seed):
+    rng = np.random.default_rng(seed)
+    X = rng.gamma(1.0, np.exp(rng.normal(size=(30, 3)) @ rng.normal(size=(3, 8))))
+    narrow, wide = (
+        ExpFamilyDEQ(3, family="gamma", weight_decay=1e-3, max_iter=1000).fit(X.astype(dtype))
+        for dtype in (np.float32, np.float64)
+    )
+    assert narrow.components_.dtype == np.float32
+    assert narrow.converged_
+    assert_allclose(narrow.loss_curve_[-1], wide.loss_curve_[-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_modules_of_models_worked_on_in_float64_take_float32(whiten):
+    X = (np.random.default_rng(0).normal(size=(50, 6)) * 500).astype(np.float32)
+    deq = ExpFamilyDEQ(2, whiten=whiten).fit(X)
+    scores = deq.to_module()(torch.from_numpy(X)).detach()
+    assert_allclose(scores, deq.transform(X), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("fixed_point", ["picard", "anderson"])
+def test_rows_certified_by_a_shared_curvature_are_at_their_minimum(fixed_point):
+    rng = np.random.default_rng(3)
+    X = rng.gamma(1.0, 1.0, size=(100, 3))
+    X *= np.exp(rng.standard_t(1.5, size=(100, 3)).clip(-12, 12))
+    deq = ExpFamilyDEQ(2, family="gamma", alpha=0.01, fixed_point_max_iter=200).fit(X)
+
+    def energy(latents):
+        eta = latents @ deq.loadings_.T + deq.intercept_
+        return (-np.log(-eta) - X * eta).sum(1) + 0.005 * (latents**2).sum(1)
+
+    least = energy(deq.map_latents(X).value)
+    result = deq.set_params(fixed_point=fixed_point).map_latents(X)
+    assert result.converged.sum() > 30
+    # Some were certified 56 above.
+    assert (energy(result.value) - least)[result.converged].max() < 1e-6

@@ -488,6 +488,16 @@ def test_steps_that_are_too_long_are_taken_back(load, n_components):
     assert max(fitted.loss_curve_) < 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1e-9])
+def test_no_fit_ends_with_its_random_start(scale):
+    # Of one batch the loss of the first epoch is that of the start, to rounding.
+    X = load_iris().data
+    fitted = encoder(4, max_iter=5).fit(X, sample_weight=np.full(150, scale))
+    assert fitted.n_iter_ == len(fitted.loss_curve_) == 5
+    few = encoder(4, max_iter=5).fit(X[:40], sample_weight=np.full(40, scale))
+    assert few.n_iter_ == len(few.loss_curve_) == 5
+
+
 def test_revived_components_come_to_life():
     # More components than four features can tell apart.
     X = load_iris().data
