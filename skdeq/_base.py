@@ -144,11 +144,9 @@ def host_array(values, name: str):
 
 def numpy_dtype(X) -> np.dtype:
     """Type of a tensor or an array, as numpy says it."""
-    return (
-        torch.empty(0, dtype=X.dtype, device="cpu").numpy().dtype
-        if isinstance(X, Tensor)
-        else X.dtype
-    )
+    if not isinstance(X, Tensor):
+        return X.dtype
+    return torch.empty(0, dtype=X.dtype, device="cpu").numpy().dtype
 
 
 def torch_dtype(dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Canonical maps, and families seen through one: as functions of the linear predictor."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -216,18 +217,20 @@ def through(family: Family, canonical_map: CanonicalMap) -> Family:
 
 def _preimage(domain: Interval, canonical_map: CanonicalMap) -> Interval:
     """Linear predictors that an increasing map takes to the domain; all, for any other map."""
-    reals, range_ = Family.domain, canonical_map.range
-    ends = torch.tensor([domain.low, domain.high], dtype=torch.float64, device="cpu")
-    inside = torch.tensor([range_.low < domain.low, domain.high < range_.high], device="cpu")
-    if not bool(inside.any()):
-        return reals
-    low, high = canonical_map.inverse(ends).where(inside, ends.sign() * torch.inf).tolist()
-    low, high = (low if inside[0] else -math.inf), (high if inside[1] else math.inf)
-    if not low < high:
-        return reals
+
+    def at(function: Callable[[Tensor], Tensor], x: float) -> Tensor:
+        return function(torch.tensor([x], dtype=torch.float64, device="cpu"))
+
+    low, high = -math.inf, math.inf
+    if canonical_map.range.low < domain.low:
+        low = float(at(canonical_map.inverse, domain.low))
+    if domain.high < canonical_map.range.high:
+        high = float(at(canonical_map.inverse, domain.high))
+    if (low, high) == (-math.inf, math.inf) or not low < high:
+        return Family.domain
     found = Interval(low, high, domain.low_inclusive, domain.high_inclusive)
-    within = canonical_map.value(ends.new_full((1,), found.inside()))
-    return found if bool(domain.contains(within)) else reals
+    keeps_to_it = domain.contains(at(canonical_map.value, found.inside()))
+    return found if bool(keeps_to_it) else Family.domain
 
 
 class MappedFamily(Family):

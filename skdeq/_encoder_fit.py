@@ -180,6 +180,15 @@ class EncoderTrainer:
             )
         return self._buffers[m]
 
+    def _evaluate(
+        self, batch: Tensor, sample_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, BatchObjective, Tensor]:
+        """Pre-activations, distances, objective and its gradient in the distances of a batch."""
+        preactivation, distance, objective = self._buffers_for(len(batch))
+        self.rows.project(batch, self.weights, preactivation)
+        self.options.activation.value_into(preactivation, distance)
+        return preactivation, distance, objective, objective(distance, sample_weight)
+
     def step(
         self,
         batch: Tensor,
@@ -198,10 +207,7 @@ class EncoderTrainer:
             Weight of the batch relative to the mean batch.
         """
         weights, options, rows = self.weights, self.options, self.rows
-        preactivation, distance, objective = self._buffers_for(len(batch))
-        rows.project(batch, weights, preactivation)
-        options.activation.value_into(preactivation, distance)
-        gradient = objective(distance, sample_weight)
+        preactivation, distance, objective, gradient = self._evaluate(batch, sample_weight)
         options.activation.multiply_derivative_(gradient, preactivation, distance)
         self._batch_terms += objective.terms if share is None else objective.terms * share
         if options.revive_dead:
@@ -258,7 +264,8 @@ class EncoderTrainer:
     ) -> EncoderTrace:
         options, rows, trace = self.options, self.rows, EncoderTrace()
         best, quiet = torch.inf, 0
-        # Of the weights that were best so far, the first ones among them, and the epochs to them.
+        # The best loss so far, of the random weights at first, the weights that go with it, and
+        # after how many epochs they were reached.
         lowest, kept, n_kept = None, self.weights.clone(), 0
         for left in reversed(range(options.max_iter)):
             progress.begin()
@@ -313,22 +320,16 @@ class EncoderTrainer:
 
     def loss_of(self, sample_weight: Tensor | None, order: Tensor) -> float:
         """Return the mean loss of some batches of the rows, without a step."""
-        options, rows = self.options, self.rows
-        total = 0.0
-        count = -(-len(order) // options.batch_size)
+        terms = torch.zeros_like(self._terms)
+        count = -(-len(order) // self.options.batch_size)
         indices = order.tensor_split(count)[:_FIRST_BATCHES]
         for index in indices:
-            preactivation, distance, objective = self._buffers_for(len(index))
-            rows.project(rows.gather(index), self.weights, preactivation)
-            options.activation.value_into(preactivation, distance)
-            weight = None if sample_weight is None else sample_weight[index].to(distance.device)
-            objective(distance, weight)
-            total += float(objective.terms.double().cpu() @ options.weights.vector[:3])
-        redundancy = 0.0
-        if options.weights.weight_redundancy:
-            value, _ = weight_redundancy(self.weights[:, :-1])
-            redundancy = options.weights.weight_redundancy * float(value)
-        return total / len(indices) + redundancy
+            weight = None if sample_weight is None else sample_weight[index].to(terms.device)
+            _, _, objective, _ = self._evaluate(self.rows.gather(index), weight)
+            terms[:3] += objective.terms / len(indices)
+        if self.options.weights.weight_redundancy:
+            terms[3], _ = weight_redundancy(self.weights[:, :-1])
+        return float(terms.double().cpu() @ self.options.weights.vector)
 
     def _is_lost(self, loss: float) -> bool:
         """Whether an epoch has left the finite numbers."""

@@ -117,15 +117,14 @@ class Family(_EqualByParameters, ABC):
     # For people: A and A' as text, with {eta} for the argument.
     log_partition_formula = "A({eta})"
     mean_formula = "A'({eta})"
+    widths: tuple[float, ...] = ()
+    # Of a family that is seen through a map.
+    canonical_map: "CanonicalMap"
 
     @property
     def sufficient_formula(self) -> str:
         """T(x) as text: x itself, unless a class has a statistic of its own."""
         return "x" if type(self).sufficient is Family.sufficient else "T(x)"
-
-    widths: tuple[float, ...] = ()
-    # Of a family that is seen through a map.
-    canonical_map: "CanonicalMap"
 
     @property
     def base(self) -> "Family":

@@ -14,6 +14,7 @@ __all__ = [
     "certified_residual",
     "effective_tolerance",
     "scaled_residual",
+    "usable_hessian",
 ]
 
 # Share of the rows at work beyond which solved ones are not worth taking out.
@@ -148,3 +149,9 @@ def certified_residual(residual: Tensor, decrement: Tensor, rounding: Tensor) ->
 def effective_tolerance(tol: float, dtype: torch.dtype) -> float:
     """Tolerance that arithmetic in ``dtype`` can meet."""
     return max(tol, 8 * torch.finfo(dtype).eps)
+
+
+def usable_hessian(exact: Tensor, expected: Tensor) -> Tensor:
+    """Observed Hessians where they are positive definite, expected ones elsewhere."""
+    usable = torch.linalg.cholesky_ex(exact)[1] == 0
+    return torch.where(usable[:, None, None], exact, expected)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from skdeq._canonical import through
 from skdeq._family import CanonicalMap, Family
-from skdeq._fixed_point_problem import certified_residual, scaled_residual
-from skdeq._map_problem import MapProblem, usable_hessian
+from skdeq._fixed_point_problem import certified_residual, scaled_residual, usable_hessian
+from skdeq._map_problem import MapProblem
 from skdeq.families import Gaussian
 
 __all__ = [
@@ -165,10 +165,10 @@ class HierarchyProblem:
             # Slopes of at most one bound the curvature of each layer. A matrix of blocks in which
             # only neighbours meet is at most twice its diagonal blocks: hence the half.
             grams = [layer.loadings.double().T @ layer.loadings.double() for layer in upper]
+            for gram in grams:
+                gram.diagonal().add_(1.0)
             self._inverses = [
-                (
-                    0.5 / alpha * torch.linalg.inv(gram + torch.eye(len(gram), device=gram.device))
-                ).to(like)
+                (0.5 / alpha * torch.linalg.inv(gram)).to(like)
                 for gram, like in zip(grams, self._squares, strict=True)
             ]
 

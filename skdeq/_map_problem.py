@@ -20,11 +20,11 @@ from torch import Tensor
 
 from skdeq._chunks import tile_entries
 from skdeq._family import Family
-from skdeq._fixed_point_problem import certified_residual, scaled_residual
+from skdeq._fixed_point_problem import certified_residual, scaled_residual, usable_hessian
 from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
-__all__ = ["MapProblem", "usable_hessian"]
+__all__ = ["MapProblem"]
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 16384
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
@@ -38,12 +38,6 @@ _LEAST_ENTRIES = 2**18
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
 _SAFE_MOVE = 1.0
-
-
-def usable_hessian(exact: Tensor, expected: Tensor) -> Tensor:
-    """Observed Hessians where they are positive definite, expected ones elsewhere."""
-    usable = torch.linalg.cholesky_ex(exact)[1] == 0
-    return torch.where(usable[:, None, None], exact, expected)
 
 
 class MapProblem:

@@ -42,6 +42,9 @@ _GROWTH = 1.5
 _MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
 _MOST_REFUSED = 8
+# Shares of the mean moment of the latents that make it definite. Of latents in fewer directions
+# than there are components rounding leaves negative ones, the larger the fewer digits it has.
+_RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], LatentModel]:
@@ -78,12 +81,10 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     if setting.weight_decay == 0 or not 0 < size < torch.inf:
         forward, backward = identity, identity
     else:
-        ridge, info = 1e-12 * moment.trace() / k * identity, True
-        while info:
-            # Latents in fewer directions than there are components: what rounding left of the
-            # others may be negative, the more so in float32.
-            root, failed = torch.linalg.cholesky_ex(moment + ridge)
-            info, ridge = bool(failed), 100 * ridge
+        for ridge in _RIDGES:
+            root, failed = torch.linalg.cholesky_ex(moment + ridge * moment.trace() / k * identity)
+            if not bool(failed):
+                break
         values, vectors = torch.linalg.eigh(root.T @ gram @ root)
         vectors = vectors.flip(1)
         strength = values.flip(0).clamp_min(1e-16 * float(values[-1]) + 1e-300).sqrt()
@@ -202,13 +203,11 @@ class Scoring:
             else:
                 refused = 0
             accepted = point
-            moved = LatentModel(point.loadings, point.intercept, latents)
-            moved = self._columns(moved)
+            before = LatentModel(point.loadings, point.intercept, latents)
+            moved = self._columns(before)
             if refused > 1:
                 # The same step again would be refused again, for ever.
-                moved = LatentModel(point.loadings, point.intercept, latents).extrapolate(
-                    moved, -(0.5 ** (refused - 1))
-                )
+                moved = before.extrapolate(moved, -(0.5 ** (refused - 1)))
             change = balance(self.setting, moved)
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)

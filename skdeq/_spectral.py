@@ -223,7 +223,8 @@ def spectral_start(
         Intercept of the model without latents.
     n_components : int
     generator : torch.Generator
-        Draws the test matrix (p, k + 8), on the CPU.
+        Draws the test matrix, on the CPU: (p, k + 8), or (p, n) where few rows of many features
+        are decomposed exactly.
     on_link_scale : bool
         Which residuals to decompose, see :class:`_Residuals`.
 
@@ -240,11 +241,11 @@ def spectral_start(
     if exact and p <= n:
         basis = torch.eye(p, dtype=intercept.dtype, device=intercept.device)
     else:
-        # As many random directions as there are rows span whatever is in them.
+        # As many random directions as there are rows, once multiplied, span what is in them.
         size = n if exact else min(n_components + _OVERSAMPLING, n, p)
         basis = torch.randn(p, size, generator=generator, dtype=torch.float64, device="cpu")
         basis = basis.to(intercept)
-        for _ in range(_POWER_ITERATIONS):
+        for _ in range(1 if exact else _POWER_ITERATIONS):
             basis = residuals.normal(torch.linalg.qr(basis)[0])
             # Powers of large or tiny residuals must not leave the range of float32.
             basis = basis / basis.abs().max().clamp_min(torch.finfo(basis.dtype).tiny)
