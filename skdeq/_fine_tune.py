@@ -8,7 +8,7 @@ from scipy.special import softmax
 from sklearn.base import ClassifierMixin, RegressorMixin, _fit_context
 from sklearn.metrics import accuracy_score, mean_squared_error
 from sklearn.preprocessing import LabelEncoder
-from sklearn.utils import column_or_1d
+from sklearn.utils import Tags, check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
 from skdeq._base import host_array, returned, stream_batch
@@ -120,7 +120,7 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
 
     See Also
     --------
-    DEQRegressor : The same for a number to be predicted.
+    DEQRegressor : The same for numbers to be predicted.
     skdeq.nn.EquilibriumLayer : The layer, for networks of your own.
 
     References
@@ -268,8 +268,8 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
     __doc__ = f"""Regressor on the latents of an exponential-family model, trained end to end.
 
     The latents of each row are the equilibrium of :class:`~skdeq.ExpFamilyDEQ`; a small network
-    on top of them predicts a number. Both are trained on the squared error together, the first
-    by implicit differentiation [1]_ (Section 5).
+    on top of them predicts a number, or several. Both are trained on the squared error together,
+    the first by implicit differentiation [1]_ (Section 5).
 {_PARAMETERS}{_ATTRIBUTES}
     See Also
     --------
@@ -298,14 +298,15 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
     ) -> Self:
         """Go once through some rows of a stream, in minibatches in the order given.
 
-        The first call fits the backbone, if need be, and settles location and scale of y. A batch
-        that is refused leaves the model as it was, and its number in the stream is in the message.
+        The first call fits the backbone, if need be, and settles number, location and scale of
+        the targets. A batch that is refused leaves the model as it was, and its number in the
+        stream is in the message.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
-        y : array-like of shape (n_samples,)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Numbers.
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights.
@@ -326,7 +327,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         return self
 
     def predict(self, X: MatrixLike) -> Output:
-        """Predicted number of each row.
+        """Predicted numbers of each row.
 
         Parameters
         ----------
@@ -335,37 +336,53 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
 
         Returns
         -------
-        ndarray of shape (n_samples,)
+        ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            As y was in fit.
         """
         outputs = self._outputs(X)
-        return returned(outputs[:, 0] * self._target_scale + self._target_mean, X)
+        values = outputs if self._target_mean.ndim else outputs[:, 0]
+        return returned(values * self._target_scale + self._target_mean, X)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
 
     def _check_y(self, y):
-        y = column_or_1d(y, warn=True)
-        y = np.asarray(y, dtype=np.float64)
+        y = check_array(
+            y, ensure_2d=False, dtype=np.float64, ensure_all_finite=False, input_name="y"
+        )
+        if y.ndim != 2 or y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
         if not np.isfinite(y).all():
-            place = np.flatnonzero(~np.isfinite(y))[0]
-            raise ValueError(f"Input y contains NaN or infinity: row {place} is {y[place]}.")
+            row, *column = np.argwhere(~np.isfinite(y))[0].tolist()
+            place = f"row {row}" + "".join(f", column {one}" for one in column)
+            raise ValueError(f"Input y contains NaN or infinity: {place} is {y[row, *column]}.")
         return y
 
     def _learn_targets(self, y, sample_weight) -> None:
         """Take note of location and scale."""
-        largest = max(float(np.abs(y).max()), np.finfo(float).tiny)
-        mean = np.average(y / largest, weights=sample_weight)
-        spread = np.sqrt(np.average(np.square(y / largest - mean), weights=sample_weight))
+        largest = np.maximum(np.abs(y).max(axis=0), np.finfo(float).tiny)
+        mean = np.average(y / largest, axis=0, weights=sample_weight)
+        spread = np.sqrt(np.average(np.square(y / largest - mean), axis=0, weights=sample_weight))
         # Of a constant only rounding is left.
         constant = spread <= 8 * np.finfo(float).eps
-        self._target_mean = mean * largest
-        self._target_scale = largest if constant else spread * largest
+        self._target_mean = np.asarray(mean * largest)
+        self._target_scale = np.asarray(np.where(constant, 1.0, spread) * largest)
 
     def _knows(self, y) -> bool:
-        return True
+        return y.shape[1:] == self._target_mean.shape
 
     def _encode_targets(self, y):
+        if not self._knows(y):
+            now, before = np.prod(y.shape[1:], dtype=int), self._n_outputs()
+            raise ValueError(
+                f"y has {now} target(s) for each row, but it had {before} in the first call."
+            )
         return (y - self._target_mean) / self._target_scale
 
     def _n_outputs(self) -> int:
-        return 1
+        return self._target_mean.size
 
     def _strata(self, targets):
         return None
@@ -375,8 +392,9 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
 
     def _metric(self, targets, outputs, weight) -> float:
         # As r2_score, but relative to the spread of all training targets, which is one.
-        return 1 - mean_squared_error(targets, outputs[:, 0], sample_weight=weight)
+        targets = targets.reshape(outputs.shape)
+        return 1 - mean_squared_error(targets, outputs, sample_weight=weight)
 
 
 def _half_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (outputs.squeeze(1) - targets).square()
+    return 0.5 * (outputs - targets.reshape(outputs.shape)).square().mean(dim=1)

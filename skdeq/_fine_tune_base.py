@@ -46,7 +46,7 @@ class ScoredOnHost:
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
         y : array-like of shape (n_samples,)
-            True labels or numbers.
+            True labels or numbers; of a regressor also (n_samples, n_outputs).
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights.
 
@@ -146,7 +146,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
             Observations in the support of the backbone's family; NaN where missing.
         y : array-like of shape (n_samples,)
-            Targets.
+            Targets; of a regressor also (n_samples, n_outputs).
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights.
 
@@ -201,6 +201,10 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         self._check_head()
         self._check_backbone()
         family = get_family((self._backbone() if reset else self.backbone_).family)
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
         y = self._check_y(host_array(y, "y"))
         X = check_observations(self, X, family, reset=reset)
         if len(y) != X.shape[0]:

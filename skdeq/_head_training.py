@@ -97,7 +97,7 @@ class TrainingRows:
     Attributes
     ----------
     X : Tensor or CSR array of shape (n, p)
-    targets : ndarray of shape (n,)
+    targets : ndarray of shape (n,) or (n, n_outputs)
     sample_weight : ndarray of shape (n,) or None
     latents : ndarray of shape (n, k)
         Of the backbone's top layer before training.

@@ -12,10 +12,16 @@ import torch
 from conftest import CUDA, sample
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_validate, train_test_split
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.metrics import r2_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    cross_val_predict,
+    cross_validate,
+    train_test_split,
+)
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
 from skdeq.families import Binomial, Poisson
@@ -562,3 +568,51 @@ def test_fits_where_the_caller_wants_no_gradients(context):
         assert deep.partial_fit(rows).transform(rows).shape == (400, 2)
         found = classifier(max_iter=2).fit(rows, label)
     np.testing.assert_array_equal(found.coefs_[0], expected.coefs_[0])
+
+
+def test_several_targets_at_once():
+    X, _, number = data()
+    frozen = {"fine_tune": False, "head_layer_sizes": (), "learning_rate": 0.1}
+    alone = regressor(**frozen).fit(X, number)
+    targets = np.column_stack([number, -3 * number + 1, np.ones(len(X))])
+    fitted = regressor(max_iter=60).fit(X, targets)
+    predicted = fitted.predict(X)
+    assert predicted.shape == targets.shape and fitted.predict(X[:1]).shape == (1, 3)
+    assert [coef.shape for coef in fitted.coefs_] == [(2, 100), (100, 3)]
+    assert r2_score(targets[:, :2], predicted[:, :2]) > 0.6
+    np.testing.assert_allclose(predicted[:, 2], 1, atol=0.2)
+    # A linear head on frozen latents has a least-squares solution for each target of its own.
+    linear = LinearRegression().fit(alone.backbone_.transform(X), targets)
+    options = {**frozen, "max_iter": 300, "weight_decay": 0.0, "tol": 0.0, "batch_size": 400}
+    options |= {"learning_rate": 0.03, "n_iter_no_change": 300}
+    fitted = regressor(**options).fit(X, targets)
+    np.testing.assert_allclose(
+        fitted.predict(X), linear.predict(alone.backbone_.transform(X)), atol=1e-3
+    )
+    expected = r2_score(targets[:, :2], linear.predict(alone.backbone_.transform(X))[:, :2])
+    assert fitted.score(X, targets) == pytest.approx(
+        r2_score(targets, fitted.predict(X)), abs=1e-12
+    )
+    assert r2_score(targets[:, :2], fitted.predict(X)[:, :2]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_several_targets_in_streams_and_restarts():
+    X, _, number = data()
+    targets = np.column_stack([number, number**2])
+    stream = regressor().partial_fit(X[:200], targets[:200]).partial_fit(X[200:], targets[200:])
+    before = stream.predict(X)
+    with pytest.raises(ValueError, match=r"has 1 target.* had 2 .*batch 3"):
+        stream.partial_fit(X, number)
+    np.testing.assert_array_equal(stream.predict(X), before)
+    again = regressor(warm_start=True, max_iter=3).fit(X, targets)
+    # Another number of targets is another network.
+    assert again.fit(X, number).predict(X).shape == (400,)
+    held_out = regressor(early_stopping=True, max_iter=5).fit(X, targets)
+    assert len(held_out.validation_scores_) == held_out.n_iter_
+    assert cross_val_predict(regressor(max_iter=2), X, targets, cv=2).shape == (400, 2)
+    with pytest.warns(DataConversionWarning, match="column-vector"):
+        column = regressor().fit(X, number[:, np.newaxis])
+    np.testing.assert_array_equal(column.predict(X), regressor().fit(X, number).predict(X))
+    targets[7, 1] = np.inf
+    with pytest.raises(ValueError, match="row 7, column 1 is inf"):
+        regressor().fit(X, targets)
