@@ -167,6 +167,13 @@ class LatentVariableEstimator(FittedLatents):
                 f"that of the intercept alone. With {penalties} the fit has gone too far out; "
                 "raise them."
             )
+        elif not self.converged_ and not stopped and self.n_iter_ < self.max_iter:
+            is_narrow = self.components_.dtype == np.float32
+            digits = "float64 data have more digits to go by; or raise" if is_narrow else "raise"
+            what = (
+                f"{name} did not converge: after {self.n_iter_} iterations no step lowered the "
+                f"objective any further; {digits} {penalties}."
+            )
         elif not self.converged_ and not stopped:
             advice = ", or weight_decay: without it the optimum may lie at infinity"
             advice = advice if self.weight_decay == 0 else ""

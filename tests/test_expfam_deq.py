@@ -539,6 +539,16 @@ def test_a_model_that_its_penalties_emptied_says_so(family, dtype):
             ExpFamilyDEQ(2, weight_decay=1e-20).fit(1e-8 * X)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(np.float32, "float64 data have more"), (np.float64, "; raise alpha")]
+)
+def test_a_fit_whose_steps_are_all_refused_says_so(monkeypatch, dtype, advice):
+    monkeypatch.setattr("skdeq._scoring._MOST_REFUSED", -1)  # as if the first step had been
+    X = sample("poisson", n=100, p=8).astype(dtype)
+    with pytest.warns(ConvergenceWarning, match=f"after 1 iterations no step lowered .*{advice}"):
+        model("poisson").fit(X)
+
+
 @pytest.mark.parametrize("family", ["gaussian", "poisson", "negative_binomial", "gamma"])
 def test_adam_that_diverges_keeps_the_best_parameters(family):
     X = sample(family, n=200, p=12)
