@@ -14,6 +14,7 @@ from skdeq._observations import CompressedRows, Observations
 __all__ = [
     "CHUNK_ENTRIES",
     "chunk_rows",
+    "columns_at",
     "has_short_digits",
     "log_base_rows",
     "missing_per_column",
@@ -25,6 +26,8 @@ __all__ = [
 
 # Entries of dense data, or stored entries of sparse, to be looked at together.
 CHUNK_ENTRIES = 2**20
+# Rows that are looked at before all are.
+_FIRST_ROWS = 64
 # Size of the terms of an objective of which float32 keeps two decimals.
 _MOST_IN_SINGLE = 1e5
 
@@ -51,6 +54,29 @@ def missing_per_column(X, weight: np.ndarray | None = None) -> np.ndarray:
             gaps.sum(0) if weight is None else to_tensor(weight, X.device) @ gaps.double()
         )
     return count.cpu().numpy()
+
+
+def columns_at(X, value: float) -> np.ndarray:
+    """Columns of validated data that have one value wherever they are observed."""
+    if sp.issparse(X):
+        n, p = X.shape
+        at_value = np.bincount(X.indices[X.data == value], minlength=p)
+        if value == 0:
+            at_value += n - np.bincount(X.indices, minlength=p)
+        return np.flatnonzero(at_value + missing_per_column(X) == n)
+
+    def elsewhere(rows: Tensor) -> Tensor:
+        return ((rows != value) & ~torch.isnan(rows)).any(0)
+
+    # Most columns betray themselves in the first rows.
+    columns = (~elsewhere(X[:_FIRST_ROWS])).nonzero().squeeze(1)
+    if len(columns):
+        size = chunk_rows(X)
+        parts = map_chunks(
+            lambda low, high: elsewhere(X[low:high, columns]), len(X), size, X.device
+        )
+        columns = columns[~torch.stack(parts).any(0)]
+    return columns.cpu().numpy()
 
 
 def _compressed(indptr, indices, data, shape, device: torch.device) -> CompressedRows:

@@ -10,6 +10,7 @@ from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
 from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
+from skdeq._end_columns import EndColumns, end_columns
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._expfam_layout import (
     changed_parameters,
@@ -34,8 +35,10 @@ from skdeq._stochastic import (
     AdamState,
     adam_state,
     free_parameters,
+    hold,
     make_adam,
     model_of,
+    restart,
     solve_and_step,
 )
 from skdeq._validation import (
@@ -71,6 +74,7 @@ class LatentVariableEstimator(FittedLatents):
     _adam: dict[str, Any] | None
     # What the model was fitted as; saved by an older version, it does not know.
     _fitted_as: dict[str, Any] | None = None
+    _ends: dict[str, Any]
     _to_scores: np.ndarray
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
@@ -99,6 +103,8 @@ class LatentVariableEstimator(FittedLatents):
         sizes = self._sizes()
         n_given = _num_samples(X)
         X, setting, profile = self._training(X, sample_weight, reset=True)
+        ends = end_columns(X, setting)
+        setting = ends.pinned(setting)
         n, p = X.shape
         found = f"n_samples={n}{' with positive weight' if n < n_given else ''}, n_features={p}"
         convolution = setting.convolution
@@ -137,6 +143,7 @@ class LatentVariableEstimator(FittedLatents):
             estimator._store(X, setting, model, trace, moments)
             estimator._exposure_profile, estimator._adam = profile, None
             estimator._n_batches = 0
+            estimator._ends = asdict(ends)
             estimator._fitted_as = parameters_of_the_model(estimator.get_params())
 
         progress.store = store
@@ -345,6 +352,12 @@ class LatentVariableEstimator(FittedLatents):
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
+        ends = EndColumns(**self._ends)
+        if len(ends):
+            ends, seen = ends.after(X, setting)
+            setting = ends.pinned(setting)
+            state = restart(setting, parameters, state, seen)
+            hold(setting, parameters)
         rate = self.learning_rate / (1 + (0 if state is None else state.step) / 100) ** 0.5
         optimiser = make_adam(parameters, rate, state)
         solution, objective = solve_and_step(
@@ -366,3 +379,4 @@ class LatentVariableEstimator(FittedLatents):
         self._store(X, setting, model, trace, moments, of_stream=True)
         # Of plain types, as everything else that is saved.
         self._adam = asdict(adam_state(parameters, optimiser))
+        self._ends = asdict(ends)

@@ -16,6 +16,7 @@ from skdeq._spectral import spectral_start
 from skdeq._stochastic import (
     envelope_gradient,
     free_parameters,
+    hold,
     make_adam,
     model_of,
     solve_and_step,
@@ -83,10 +84,12 @@ def _start(
     intercept, objective = null_model(setting)
     trace = Trace(intercept, objective)
     if previous is not None:
-        solved = solve_latents(setting, *previous, **options.latent_solver())
         loadings, start, upper = previous
-        model = LatentModel(loadings, start, solved.value, upper)
-        parameters = free_parameters(setting, model)
+        parameters = free_parameters(setting, LatentModel(loadings, start, None, upper))
+        hold(setting, parameters)
+        model = model_of(setting, parameters)
+        solved = solve_latents(setting, *model.parameters, **options.latent_solver())
+        model = replace(model, latents=solved.value)
         # What was fitted to other data, or under another law, may be worse than nothing.
         if envelope_gradient(setting, parameters, solved.value)[1] < objective:
             return model, trace

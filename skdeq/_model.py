@@ -18,6 +18,7 @@ from skdeq.fixed_point import newton
 
 __all__ = [
     "LatentModel",
+    "Pins",
     "Setting",
     "column_problem",
     "hidden_setting",
@@ -91,6 +92,26 @@ class LatentModel:
 
 
 @dataclass(frozen=True)
+class Pins:
+    """Columns that a fit leaves alone: no loadings, and an intercept that is given.
+
+    Attributes
+    ----------
+    columns : Tensor of int, shape (m,)
+    intercept : Tensor of shape (m,), float64
+    """
+
+    columns: Tensor
+    intercept: Tensor
+
+    def hold_(self, intercept: Tensor, loadings: Tensor | None = None) -> None:
+        """Set the intercepts (p,) in place and, where they are free, the loadings (p, k)."""
+        intercept[self.columns] = self.intercept.to(intercept.dtype)
+        if loadings is not None:
+            loadings[self.columns] = 0
+
+
+@dataclass(frozen=True)
 class Setting:
     """What is given and stays fixed during a fit.
 
@@ -112,6 +133,8 @@ class Setting:
         What makes the loadings from kernels, where they are not free.
     narrow : torch.dtype or None
         Type of the data, where it is not that in which they are worked on.
+    pins : Pins or None
+        Columns that are not fitted.
     """
 
     family: Family
@@ -124,6 +147,7 @@ class Setting:
     hidden_map: CanonicalMap | Any = None
     convolution: Convolution | None = None
     narrow: torch.dtype | None = None
+    pins: Pins | None = None
 
     def take(self, index: Tensor) -> "Setting":
         """Return the same for some rows; the log base is left out."""
@@ -251,6 +275,7 @@ def hidden_setting(setting: Setting, latents: Tensor) -> Setting:
         weight_decay=setting.weight_decay / setting.alpha,
         row_offset=None,
         log_base=0.0,
+        pins=None,
     )
 
 
@@ -302,6 +327,8 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
     high = inside + 1 if domain.high == math.inf else inside
     low = inside - 1 if domain.low == -math.inf else inside
     start = torch.nan_to_num(start, nan=inside, posinf=high, neginf=low)
+    if setting.pins is not None:
+        setting.pins.hold_(start)
     if setting.row_offset is None:
         # The mean decides; a column at the edge stays half an observation inside.
         canonical = family.canonical(start)
@@ -310,12 +337,16 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
         return start.to(observations.dtype), objective / setting.total_weight
     problem = column_problem(setting, ones.new_zeros(n, 0))
     begin = start.to(observations.dtype).unsqueeze(1)
+    fixed = torch.zeros_like(begin, dtype=torch.bool)
+    if setting.pins is not None:
+        fixed[setting.pins.columns] = True
 
     def work(low: int, high: int) -> tuple[Tensor, Tensor]:
         part = problem.chunk(low, high)
-        result = newton(part, begin[low:high], tol=1e-6, max_iter=10)
+        value = newton(part, begin[low:high], tol=1e-6, max_iter=10).value
+        value = torch.where(fixed[low:high], begin[low:high], value)
         rows = torch.arange(high - low, device=begin.device)
-        return result.value, part.objective(result.value, rows)
+        return value, part.objective(value, rows)
 
     parts = map_chunks(work, p, problem.chunk_rows(), observations.device)
     intercept = torch.cat([one for one, _ in parts]).squeeze(1)

@@ -160,8 +160,7 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
         solution, _ = self._adaptive_half(problem, start, torch.ones_like(model.intercept))
-        solution = self._inside(problem, start, solution)
-        model = LatentModel(solution[:, :-1].contiguous(), solution[:, -1].clone(), model.latents)
+        model = self._model(problem, start, solution, model.latents)
         return balance(self.setting, model)(model)
 
     def run(self, model: LatentModel, null_objective: float) -> LatentModel:
@@ -252,8 +251,17 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature, bound)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
         solution, _ = self._half(problem, start, "columns")
-        solution = self._inside(problem, start, solution)
-        return LatentModel(solution[:, :-1].contiguous(), solution[:, -1].clone(), model.latents)
+        return self._model(problem, start, solution, model.latents)
+
+    def _model(
+        self, problem: MapProblem, start: Tensor, end: Tensor, latents: Tensor
+    ) -> LatentModel:
+        """Model after a step of the columns (p, k + 1), in so far as they may take it."""
+        matrix = self._inside(problem, start, end)
+        loadings, intercept = matrix[:, :-1].contiguous(), matrix[:, -1].clone()
+        if self.setting.pins is not None:
+            self.setting.pins.hold_(intercept, loadings)
+        return LatentModel(loadings, intercept, latents)
 
     def _inside(self, problem: MapProblem, start: Tensor, end: Tensor) -> Tensor:
         """Take back what of the columns' steps leads their intercepts out of their limits.

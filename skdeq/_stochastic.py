@@ -4,7 +4,7 @@ By the envelope theorem the gradient of the mean objective in loadings and inter
 derivative of the latents: they minimise the very term that depends on them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from skdeq._chunks import map_chunks
 from skdeq._hierarchy import split_layers
 from skdeq._latents import solve_latents
-from skdeq._model import LatentModel, Setting, column_problem, layer_settings
+from skdeq._model import LatentModel, Pins, Setting, column_problem, layer_settings
 from skdeq.fixed_point import FixedPointResult
 
 _MAX_HALVINGS = 20
@@ -55,6 +55,35 @@ def model_of(setting: Setting, parameters: list[Tensor]) -> LatentModel:
         return LatentModel.of(parameters)
     kernels, intercept = parameters
     return LatentModel(setting.convolution.matrix(kernels), intercept.clone(), None)
+
+
+def hold(setting: Setting, parameters: list[Tensor]) -> None:
+    """Take back, in place, what the free parameters of columns that are not fitted have moved."""
+    if setting.pins is not None:
+        _put(setting, parameters, setting.pins)
+
+
+def restart(
+    setting: Setting, parameters: list[Tensor], state: AdamState | None, pins: Pins
+) -> AdamState | None:
+    """Begin some columns anew, in place, and return what Adam knows of the others."""
+    at = _put(setting, parameters, pins)
+    if state is None:
+        return None
+    first, second = list(state.first), list(state.second)
+    for moments in (first, second):
+        moments[at] = moments[at].copy()
+        moments[at][pins.columns.cpu().numpy()] = 0
+    return replace(state, first=first, second=second)
+
+
+def _put(setting: Setting, parameters: list[Tensor], pins: Pins) -> int:
+    """Put intercepts, and zero loadings if they are free; return where they are among them."""
+    if setting.convolution is None:
+        pins.hold_(parameters[0][:, -1], parameters[0][:, :-1])
+        return 0
+    pins.hold_(parameters[1])
+    return 1
 
 
 def envelope_gradient(
@@ -136,6 +165,7 @@ def solve_and_step(
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
+    hold(setting, parameters)
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
             if _is_inside(setting, parameters, solution.value):

@@ -19,7 +19,7 @@ from skdeq._base import (
     torch_dtype,
 )
 from skdeq._chunks import map_chunks
-from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
+from skdeq._data import CHUNK_ENTRIES, chunk_rows, columns_at, missing_per_column
 from skdeq._family import Family
 from skdeq._warn import warn
 
@@ -94,9 +94,8 @@ def warn_of_ends(X, family: Family) -> None:
     """Warn of columns of which the family has no largest likelihood."""
     if not family.base.unbounded_at:
         return
-    missing = missing_per_column(X)
     for end in family.base.unbounded_at:
-        columns = np.flatnonzero(_count_of(X, end) + missing == X.shape[0])
+        columns = columns_at(X, end)
         if len(columns):
             warn(
                 f"Column {columns[0]} of X is {end:g} wherever it is observed ({len(columns)} "
@@ -105,16 +104,6 @@ def warn_of_ends(X, family: Family) -> None:
                 f"clip X to values short of {end:g}, or use family='bernoulli'.",
                 UserWarning,
             )
-
-
-def _count_of(X, value: float) -> np.ndarray:
-    """Count the entries of each column that have a value."""
-    if not sp.issparse(X):
-        return _per_chunk(X, lambda rows: (rows == value).sum(0)).sum(0).cpu().numpy()
-    n, p = X.shape
-    if value:
-        return np.bincount(X.indices[X.data == value], minlength=p)
-    return n - np.bincount(X.indices[X.data != 0], minlength=p)
 
 
 def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
