@@ -13,6 +13,7 @@ from torch import Tensor
 from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
 from skdeq._data import rows_of
 from skdeq._progress import Progress
+from skdeq._stochastic import shorten
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -187,9 +188,10 @@ class HeadTrainer:
         with torch.set_grad_enabled(fine_tune and torch.is_grad_enabled()):
             # Without a warning of rows that are not solved: here they are solved loosely, and
             # prediction has one of its own.
-            latents, _ = self.layer._attached(x, start)
+            latents, result = self.layer._attached(x, start)
         if fine_tune:
             self._latents[index] = latents.detach()
+            self._residual = result.residual.amax()
         return latents
 
     def _network(self, index: Tensor, training: bool = False) -> Tensor:
@@ -223,11 +225,24 @@ class HeadTrainer:
             for kept, parameter in zip(self._last_good, self._parameters, strict=True):
                 kept.copy_(parameter.detach())
             self.optimiser.step()
+            self._shorten()
             summed += loss
             taken += len(index) if weight is None else weight[index].sum()
         self._last_batch = index
         # Rows without a loss must not make that of the others look smaller.
         return summed / float(taken) if taken else np.inf
+
+    def _shorten(self) -> None:
+        if not self.options.fine_tune:
+            return
+        of_layer = dict(self.layer.named_parameters())
+        hidden = ("hidden_loadings.", "hidden_intercepts.")
+        next_to_data = [one for name, one in of_layer.items() if not name.startswith(hidden)]
+        kept = dict(zip(map(id, self._parameters), self._last_good, strict=True))
+        with torch.no_grad():
+            before = [kept[id(one)] for one in next_to_data]
+            intercept = kept[id(self.layer.intercept)]
+            shorten(self.layer.family, intercept, next_to_data, before)
 
     def _check_last_step(self) -> bool:
         """Take the last step of all back if it went astray; return whether it did not."""
@@ -244,6 +259,10 @@ class HeadTrainer:
         loss = losses.sum() if weight is None else losses @ weight[index]
         (loss * factor).backward()
         values: list[Any] = [loss.detach(), *(one.grad for one in self._parameters)]
+        if self.options.fine_tune:
+            # A row beyond the domain has no gradient, and in prediction rows start from zero.
+            at_zero = self.layer.family.log_partition(self.layer.intercept.detach())
+            values += [self._residual, at_zero]
         finite = torch.stack([torch.isfinite(value).all() for value in values]).all()
         # Read together: each look at the device makes the host wait.
         is_finite, value = torch.stack([finite.to(loss.dtype), values[0]]).tolist()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_numbers", "check_type", "checked_sizes", "checked_start"]
+__all__ = ["check_input", "check_numbers", "check_type", "checked_sizes", "checked_start"]
 
 
 def checked_sizes(in_features: Any, hidden: Any, n_components: Any) -> tuple[int, ...]:
@@ -34,6 +34,18 @@ def check_numbers(alpha: Any, tol: Any, max_iter: Any) -> None:
         raise ValueError(f"tol, the residual of a solved row, must be a number >= 0; got {tol!r}.")
     if not (isinstance(max_iter, Integral) and int(max_iter) >= 1):
         raise ValueError(f"max_iter must be an integer of at least 1; got {max_iter!r}.")
+
+
+def check_input(x: Any) -> None:
+    """Refuse what holds no rows of real numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor; got {type(x).__name__}.")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor; got one of layout {x.layout}: use to_dense().")
+    if x.is_complex():
+        raise TypeError(f"x must hold real numbers; got a tensor of {x.dtype}.")
+    if x.is_meta:
+        raise TypeError("x is a tensor of device 'meta', which holds no numbers to solve for.")
 
 
 def check_type(dtype: torch.dtype) -> None:

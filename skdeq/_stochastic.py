@@ -4,6 +4,7 @@ By the envelope theorem the gradient of the mean objective in loadings and inter
 derivative of the latents: they minimise the very term that depends on them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._family import Family
 from skdeq._hierarchy import split_layers
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Pins, Setting, column_problem, layer_settings
@@ -165,6 +167,10 @@ def solve_and_step(
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
+    if setting.convolution is None:
+        shorten(setting.family, before[0][:, -1], [parameters[0]], [before[0]])
+    else:
+        shorten(setting.family, before[1], parameters, before)
     hold(setting, parameters)
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
@@ -176,6 +182,34 @@ def solve_and_step(
             for one, old in zip(parameters, before, strict=True):
                 one.copy_(old)
     return solution, objective
+
+
+def shorten(
+    family: Family, intercept: Tensor, parameters: Sequence[Tensor], before: Sequence[Tensor]
+) -> None:
+    """Shorten, in place, a step of the parameters next to the data whose family has an end.
+
+    Adam's steps are as long as its rate, whatever the units. Near the end of a domain canonical
+    parameters are small, those of amounts in the thousands a thousandth: there a step is in units
+    of the standard deviation that one observation leaves, at most one.
+
+    Parameters
+    ----------
+    family : Family
+    intercept : Tensor of shape (p,)
+        Before the step.
+    parameters, before : sequence of Tensor
+        After and before it; of shape (p,) or (p, ...) one row for each feature, of any other,
+        as kernels, shared by all.
+    """
+    if family.domain.is_real_line:
+        return
+    curvature = family.energy(intercept, torch.zeros_like(intercept))[2]
+    length = curvature.rsqrt().clamp_max(1.0)
+    for one, old in zip(parameters, before, strict=True):
+        own = len(one) == len(length)
+        share = length.view(-1, *(1,) * (one.dim() - 1)) if own else length.min()
+        one.copy_(torch.lerp(old, one, share))
 
 
 def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> bool:

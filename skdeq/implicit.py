@@ -27,7 +27,8 @@ def attach_gradient(
     gradient : callable
         ``gradient(z)`` (n, k), differentiable in whatever the derivative is wanted of.
     hessian : Tensor of shape (n, k, k)
-        Symmetric and positive definite, at the solution.
+        Symmetric and positive definite, at the solution. A row where it is not positive definite
+        is given no derivative.
 
     Returns
     -------
@@ -46,8 +47,11 @@ def attach_gradient(
     tensor([[1.]])
     """
     solution = solution.detach()
-    factor, _ = torch.linalg.cholesky_ex(hessian.detach())
-    step = _newton_step(gradient(solution), factor)
+    factor, info = torch.linalg.cholesky_ex(hessian.detach())
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    failed = (info != 0).view(-1, 1)
+    step = _newton_step(gradient(solution), torch.where(failed.unsqueeze(2), identity, factor))
+    step = torch.where(failed, 0.0, step)
     return solution - (step - step.detach())
 
 

@@ -1,5 +1,6 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
@@ -21,8 +23,15 @@ from skdeq._hierarchy import (
     layer_family,
     split_layers,
 )
+from skdeq._inside import latents_inside
 from skdeq._latents import solve_latents, typical_variance
-from skdeq._layer_checks import check_numbers, check_type, checked_sizes, checked_start
+from skdeq._layer_checks import (
+    check_input,
+    check_numbers,
+    check_type,
+    checked_sizes,
+    checked_start,
+)
 from skdeq._model import LatentModel, Setting, latent_problem
 from skdeq._observations import Observations
 from skdeq._warn import warn
@@ -33,6 +42,10 @@ from skdeq.implicit import attach_gradient
 __all__ = ["EquilibriumLayer"]
 
 _Kinked = TypeVar("_Kinked", Family, CanonicalMap)
+
+# In float32 certificates and gradients of flatter priors than this are false where a row has fewer
+# observed entries than latents: outputs are off by multiples of their size at 1e-7, not at 1e-5.
+_LEAST_ALPHA_OF_SINGLE = 1e-6
 
 # The second where they are made from kernels.
 _LOADINGS_IN_STATE = ("loadings", "parametrizations.loadings.original")
@@ -60,7 +73,8 @@ class EquilibriumLayer(nn.Module):
     loadings, intercept and the inputs. There is no second derivative: a backward pass with
     ``create_graph=True`` raises a RuntimeError. Transforms of ``torch.func`` are not supported.
 
-    It computes in the type of its loadings, float32 or float64, under ``torch.autocast``, too.
+    It computes in the type of its loadings, float32 or float64, under ``torch.autocast``, too;
+    with `alpha` below 1e-6 in float64, and returns float32.
 
     Parameters
     ----------
@@ -89,6 +103,10 @@ class EquilibriumLayer(nn.Module):
         of the exact equilibrium, to about the same relative error.
     max_iter : int, default=50
         Iterations of the solver.
+    device : torch.device or str, optional
+        Where the parameters are made; torch's default device by default.
+    dtype : torch.dtype, optional
+        Type of the parameters, torch's default type by default.
 
     Attributes
     ----------
@@ -145,6 +163,8 @@ class EquilibriumLayer(nn.Module):
         fixed_point: str = "auto",
         tol: float = 1e-6,
         max_iter: int = 50,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         sizes = checked_sizes(in_features, hidden_layer_sizes, n_components)
@@ -155,12 +175,13 @@ class EquilibriumLayer(nn.Module):
         self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
         self.hidden_map = get_canonical_map(hidden_map)
-        self.loadings = nn.Parameter(torch.empty(sizes[0], sizes[1]))
-        self.intercept = nn.Parameter(torch.empty(sizes[0]))
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.loadings = nn.Parameter(empty(sizes[0], sizes[1]))
+        self.intercept = nn.Parameter(empty(sizes[0]))
         self.hidden_loadings = nn.ParameterList(
-            torch.empty(low, high) for low, high in pairwise(sizes[1:])
+            empty(low, high) for low, high in pairwise(sizes[1:])
         )
-        self.hidden_intercepts = nn.ParameterList(torch.empty(size) for size in sizes[1:-1])
+        self.hidden_intercepts = nn.ParameterList(empty(size) for size in sizes[1:-1])
         self.register_buffer("rotation", None)
         self.register_buffer("exposure_profile", None)
         self.reset_parameters()
@@ -171,10 +192,16 @@ class EquilibriumLayer(nn.Module):
         for loadings, intercept in self.pairs():
             nn.init.normal_(loadings, std=1 / math.sqrt(len(loadings)))
             nn.init.zeros_(intercept)
-        start = torch.full_like(self.intercept, self.family.base.domain.inside())
-        if not self.family.is_canonical:
-            start = self.family.canonical_map.inverse(start)
-        self.intercept.copy_(start)
+        if parametrize.is_parametrized(self, "loadings"):
+            # What was drawn above is a function of the parameters that are there.
+            drawn = torch.randn_like(self.loadings) / math.sqrt(len(self.loadings))
+            setattr(self, "loadings", drawn)  # noqa: B010 (mypy takes it for the parameter)
+        self.intercept.copy_(self._inside(self.intercept))
+
+    def _inside(self, like: Tensor) -> Tensor:
+        """Predictors well inside the domain of the family."""
+        inside = torch.full_like(like, self.family.base.domain.inside(), requires_grad=False)
+        return inside if self.family.is_canonical else self.family.canonical_map.inverse(inside)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return loadings and intercept of each layer, from the data to the top."""
@@ -201,9 +228,11 @@ class EquilibriumLayer(nn.Module):
         # a part of a state, and says nothing of them.
         if any(prefix + name in state_dict for name in _LOADINGS_IN_STATE):
             like = self.loadings.detach()
-            for name in ("rotation", "exposure_profile"):
+            k = self._layer_sizes()[-1]
+            for name, shape in (("rotation", (k, k)), ("exposure_profile", (len(like),))):
                 value = state_dict.get(prefix + name)
-                setattr(self, name, None if value is None else like.new_empty(value.shape))
+                if value is None or value.shape == shape:
+                    setattr(self, name, None if value is None else like.new_empty(shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
@@ -228,14 +257,21 @@ class EquilibriumLayer(nn.Module):
         ConvergenceWarning
             If rows are not solved.
         """
+        if self._is_too_flat():
+            wide = {name: value.double() for name, value in self.named_parameters()}
+            wide |= {name: value.double() for name, value in self.named_buffers()}
+            return functional_call(self, wide, (x, start)).to(self.loadings.dtype)
         latents, result = self._attached(x, start)
         self._warn_if_unsolved(result)
         return latents
 
+    def _is_too_flat(self) -> bool:
+        """Whether the prior alone gives curvatures that are lost in those of float32."""
+        return self.loadings.dtype == torch.float32 and self.alpha < _LEAST_ALPHA_OF_SINGLE
+
     def _attached(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, FixedPointResult]:
         """Latents of rows as :meth:`forward` returns them, and their certificates, unwarned."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor; got {type(x).__name__}.")
+        check_input(x)
         # In fewer digits than the loadings have, the residuals that certify would be false.
         with torch.autocast(x.device.type, enabled=False):
             batch = self._batch(x)
@@ -245,8 +281,9 @@ class EquilibriumLayer(nn.Module):
             result = self._solve(batch, start)
             latents = result.value
             if torch.is_grad_enabled():
+                hessian, beyond = self._hessian(batch, latents)
                 latents = attach_gradient(
-                    latents, lambda z: self._gradient(batch, z), self._hessian(batch, latents)
+                    latents, lambda z: self._gradient(batch, z, beyond), hessian
                 )
             latents = split_layers(latents, self._upper())[-1]
             if self.rotation is not None:
@@ -264,6 +301,8 @@ class EquilibriumLayer(nn.Module):
         -------
         FixedPointResult
         """
+        if self._is_too_flat():
+            return copy.deepcopy(self).double().certify(x)
         with torch.autocast(x.device.type, enabled=False):
             result = self._solve(self._batch(x))
         return replace(result, layer_sizes=self._layer_sizes())
@@ -274,16 +313,29 @@ class EquilibriumLayer(nn.Module):
     @torch.compiler.disable
     def _warn_if_unsolved(self, result: FixedPointResult) -> None:
         left = int((~result.converged).sum())
-        if left:
-            single = result.value.dtype == torch.float32
-            warn(
-                f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
-                f"tol={self.tol:g} (largest residual {float(result.residual.max()):.1e}), so that "
-                "their latents are off and their gradients wrong; certify says which they are. "
+        if not left:
+            return
+        domain = self.family.domain
+        if domain.is_real_line or bool(domain.contains(self.intercept.detach()).all()):
+            advice = (
                 f"Increase max_iter={self.max_iter}, lower the learning rate if training made the "
-                "loadings this large" + (", or convert the layer to float64." if single else "."),
-                ConvergenceWarning,
+                "loadings this large"
             )
+            if result.value.dtype == torch.float32:
+                advice += ", or convert the layer to float64"
+        else:
+            advice = (
+                f"The intercept has left the domain of {self.family.base!r}, {domain}, and no "
+                "latents bring all features back into it: lower the learning rate, or clamp the "
+                "intercept after each step"
+            )
+        warn(
+            f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
+            f"tol={self.tol:g} (largest residual {float(result.residual.max()):.1e}), so that "
+            "their latents are off and their gradients wrong; certify says which they are. "
+            f"{advice}.",
+            ConvergenceWarning,
+        )
 
     def _upper(self) -> tuple[HiddenLayer, ...]:
         return tuple(HiddenLayer(*pair) for pair in self.pairs()[1:])
@@ -331,6 +383,7 @@ class EquilibriumLayer(nn.Module):
             return self._of_no_rows()
         setting, (loadings, intercept, upper) = self._setting(batch), self._detached()
         curvature = None
+        start = self._start_inside(start, len(batch.statistic))
         if start is not None and self.is_convex:
             # A closer guide than the bound of the variance that it stands for.
             model = LatentModel(loadings, intercept, start)
@@ -348,6 +401,20 @@ class EquilibriumLayer(nn.Module):
             check_start=True,
         )
 
+    def _start_inside(self, start: Tensor | None, n: int) -> Tensor | None:
+        """Replace starts outside the domain, as zero is where the intercept has left it."""
+        domain, (loadings, intercept, _) = self.family.domain, self._detached()
+        if domain.is_real_line or not self.is_convex or bool(domain.contains(intercept).all()):
+            return start
+        inside = latents_inside(loadings, intercept, domain)
+        if inside is None:
+            return start
+        inside = inside.expand(n, -1)
+        if start is None:
+            return inside.clone()
+        is_inside = domain.contains(torch.addmm(intercept, start, loadings.T))
+        return torch.where(is_inside.all(1, keepdim=True), start, inside)
+
     def _of_no_rows(self) -> FixedPointResult:
         nothing = self.loadings.new_zeros(0)
         latents = nothing.view(0, sum(self._layer_sizes()))
@@ -355,27 +422,41 @@ class EquilibriumLayer(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _hessian(self, batch: _Batch, latents: Tensor) -> Tensor:
+    def _hessian(self, batch: _Batch, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hessians, and the rows (n, 1) without any: zero is beyond the domain, or they overflow.
+
+        Those are not solved. A gradient of zero keeps them from spoiling that of the others.
+        """
         if not len(latents):
-            return latents.new_zeros(0, latents.shape[1], latents.shape[1])
+            return latents.new_zeros(0, latents.shape[1], latents.shape[1]), None
         setting = replace(
             self._setting(batch), family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
         )
         problem = latent_problem(setting, *self._detached())
         rows = torch.arange(len(latents), device=latents.device)
-        return problem.derivatives(latents, rows)[2]
+        objective, gradient, hessian, _ = problem.derivatives(latents, rows)
+        parts = (objective.unsqueeze(1), gradient, hessian.flatten(1))
+        beyond = ~torch.cat([torch.isfinite(part) for part in parts], dim=1).all(1, keepdim=True)
+        if not bool(beyond.any()):
+            return hessian, None
+        identity = torch.eye(latents.shape[1], dtype=hessian.dtype, device=hessian.device)
+        return torch.where(beyond.unsqueeze(2), identity, hessian), beyond
 
-    def _gradient(self, batch: _Batch, latents: Tensor) -> Tensor:
+    def _gradient(self, batch: _Batch, latents: Tensor, beyond: Tensor | None) -> Tensor:
         """Gradient of the energy in the latents, differentiable in all else."""
         family, upper = _smooth(self.family), self._upper()
         parts = split_layers(latents, upper)
         predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
         if batch.offset is not None:
             predictor = predictor + batch.offset.unsqueeze(1)
+        if beyond is not None:
+            predictor = torch.where(beyond, self._inside(predictor), predictor)
         slope = family.energy(predictor, batch.statistic)[1]
         if batch.observed is not None:
             slope = torch.where(batch.observed == 0, 0.0, slope)
         gradient = slope @ self.loadings + self.alpha * parts[0]
+        if beyond is not None:
+            gradient = torch.where(beyond, 0.0, gradient)
         if not upper:
             return gradient
         hidden = layer_family(_smooth(self.hidden_map))

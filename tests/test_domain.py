@@ -1,5 +1,7 @@
 """Families whose canonical parameters are not the whole line: all stays inside."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import sample
 from numpy.testing import assert_allclose
 from sklearn.exceptions import ConvergenceWarning
 
-from skdeq import ExpFamilyDEQ
+from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq.families import (
     CanonicalMap,
     Family,
@@ -210,3 +212,30 @@ def test_half_a_line_through_a_map_is_kept_to(options):
     assert (deq.intercept_ < 0).all()
     assert deq.map_latents(X).converged.all()
     assert np.isfinite(deq.score_samples(X)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_streams_of_amounts_in_any_unit_come_close_to_a_fit(scale):
+    X = scale * sample("gamma", n=300)
+    fitted = ExpFamilyDEQ(2, family="gamma", random_state=0).fit(X)
+    stream = ExpFamilyDEQ(2, family="gamma", random_state=0)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        stream.partial_fit(X[rng.permutation(300)])
+    # Steps of one length for all units left it 0.4 above.
+    assert stream.loss_curve_[-1] == pytest.approx(fitted.loss_curve_[-1], abs=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_fine_tuning_on_amounts_in_any_unit(scale):
+    X = sample("gamma", n=300)
+    label = (X[:, 0] > X[:, 1]).astype(int)
+    X *= scale
+    backbone = ExpFamilyDEQ(2, family="gamma").fit(X)
+    options = {"random_state": 0, "max_iter": 40, "tol": 1.0, "n_iter_no_change": 39}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned = DEQClassifier(backbone, **options).fit(X, label)
+        frozen = DEQClassifier(backbone, fine_tune=False, **options).fit(X, label)
+    assert tuned.loss_curve_[-1] < frozen.loss_curve_[-1]
+    assert tuned.score(X, label) >= frozen.score(X, label) - 0.02

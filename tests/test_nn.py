@@ -1,5 +1,6 @@
 """The equilibrium layer: gradients against gradcheck, unrolling and the estimator."""
 
+import copy
 import io
 import warnings
 
@@ -368,3 +369,133 @@ def test_bad_arguments_are_refused_in_words():
     with pytest.raises(TypeError, match="x must be a tensor; got ndarray"):
         EquilibriumLayer(4, 2)(np.ones((3, 4)))
     assert "family=Gamma(shape=1.0)" in repr(EquilibriumLayer(4, 2, family="gamma"))
+
+
+def beyond(family="gamma"):
+    """Layer whose intercept has left the domain, where zero is no start, and rows for it."""
+    torch.manual_seed(0)
+    module = EquilibriumLayer(10, 3, family=family, dtype=torch.float64)
+    with torch.no_grad():
+        module.intercept[0] = 0.01
+    return module, torch.rand(6, 10, dtype=torch.float64) + 0.1
+
+
+@pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
+def test_finds_a_start_inside_the_domain_where_zero_is_outside(family):
+    module, x = beyond(family)
+    latents = module(x)
+    predictor = latents @ module.loadings.T + module.intercept
+    assert bool((predictor < 0).all())
+    energy = -module.family.log_prob(x, predictor).sum(1) + 0.5 * latents.square().sum(1)
+    (slope,) = torch.autograd.grad(energy.sum(), latents)
+    assert slope.abs().max() < 1e-8
+    # From anywhere else it is the same, outside the domain as inside.
+    elsewhere = module(x, start=latents.detach() + 0.1 * torch.randn(6, 3))
+    torch.testing.assert_close(elsewhere, latents, atol=1e-6, rtol=0)
+    torch.testing.assert_close(module(x, start=100 * latents.detach()), latents)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), latents)
+    assert torch.autograd.gradcheck(as_function(module), arguments(module, x), atol=1e-4)
+
+
+def test_rows_beyond_the_domain_leave_the_gradients_of_the_others_alone():
+    module, x = beyond()
+    with torch.no_grad():
+        module.loadings[0] = 0
+    x[1:, 0] = torch.nan
+    with pytest.warns(ConvergenceWarning, match=r"1 of 6 .*left the domain of Gamma.*clamp"):
+        latents = module(x)
+    assert bool(torch.isfinite(latents).all())
+    latents.sum().backward()
+    gradient = module.loadings.grad.clone()
+    module.zero_grad()
+    module(x[1:]).sum().backward()
+    torch.testing.assert_close(module.loadings.grad, gradient)
+    assert gradient.abs().max() > 0
+    poisson = EquilibriumLayer(10, 3, family="poisson")
+    with torch.no_grad():
+        poisson.intercept[0] = 100.0
+    with pytest.warns(ConvergenceWarning, match="not solved"):
+        poisson(x.float().nan_to_num(1.0)).sum().backward()
+    assert bool(torch.isfinite(poisson.loadings.grad).all())
+
+
+@pytest.mark.parametrize("family", ["gamma", "negative_binomial"])
+def test_training_beyond_the_domain_stays_finite(family):
+    torch.manual_seed(1)
+    network = nn.Sequential(EquilibriumLayer(10, 3, family=family), nn.Linear(3, 1))
+    x = torch.exp(torch.randn(64, 10)).round() + (family == "gamma")
+    label = (x[:, :1] > x[:, 1:2]).float()
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.03)
+    losses = []
+    for _ in range(100):
+        loss = nn.functional.binary_cross_entropy_with_logits(network(x), label)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize(("alpha", "family"), [(1e-7, "gaussian"), (1e-9, "poisson")])
+def test_flat_priors_have_the_digits_they_need(alpha, family):
+    torch.manual_seed(0)
+    single = EquilibriumLayer(20, 5, alpha=alpha, family=family)
+    double = copy.deepcopy(single).double()
+    x = torch.poisson(torch.ones(16, 20))
+    x[:, 3:] = torch.nan
+    latents, expected = single(x), double(x.double())
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents.double(), expected, rtol=1e-5, atol=1e-5)
+    latents.sum().backward()
+    expected.sum().backward()
+    size = double.loadings.grad.abs().max()
+    error = (single.loadings.grad - double.loadings.grad).abs().max()
+    assert error < 1e-5 * size
+    assert bool(single.certify(x).converged.all())
+
+
+def test_parameters_are_drawn_anew_whatever_they_are_made_from():
+    torch.manual_seed(0)
+    X = (sample("bernoulli", n=100, p=64) > 0).astype(float)
+    options = {"loadings": "conv2d", "image_shape": (8, 8), "kernel_size": 4, "stride": 4}
+    with pytest.warns(ConvergenceWarning):
+        model = ExpFamilyDEQ(4, family="bernoulli", max_iter=1, **options).fit(X)
+    tied = model.to_module()
+    normed = nn.utils.parametrizations.weight_norm(EquilibriumLayer(9, 2), "loadings")
+    for module in (tied, normed):
+        before = module.loadings.detach().clone()
+        module.reset_parameters()
+        assert (module.loadings - before).abs().max() > 0.01
+        assert 0 < module.loadings.std() < 1
+
+
+def test_a_state_that_is_refused_leaves_the_layer_usable():
+    small, large = (EquilibriumLayer(20, k, family="poisson") for k in (2, 3))
+    large.rotation = torch.eye(3)
+    x = torch.ones(3, 20)
+    expected = small(x)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        small.load_state_dict(large.state_dict())
+    torch.testing.assert_close(small(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.to_sparse(), "to_dense"),
+        (lambda x: x + 1j, "real numbers; got a tensor of torch.complex64"),
+        (lambda x: x.to("meta"), "no numbers"),
+    ],
+)
+def test_inputs_without_rows_of_real_numbers_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        EquilibriumLayer(4, 2)(make(torch.ones(3, 4)))
+
+
+def test_is_made_where_and_in_the_type_that_is_asked_for():
+    module = EquilibriumLayer(4, 3, hidden_layer_sizes=(2,), dtype=torch.float64, device="meta")
+    assert {(one.dtype, one.device.type) for one in module.parameters()} == {
+        (torch.float64, "meta")
+    }

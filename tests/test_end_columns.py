@@ -1,0 +1,165 @@
+"""Columns at one end of the support: a finite intercept, the same whatever finds it."""
+
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import sample
+
+from skdeq import ExpFamilyDEQ
+from skdeq.families import Binomial, NegativeBinomial, get_family
+
+# Fits that are cut short on purpose say so.
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+AT_LOW_END = ["bernoulli", "poisson", Binomial(5), NegativeBinomial(0.5), "rademacher"]
+AT_HIGH_END = ["bernoulli", Binomial(5), "rademacher"]
+CASES = [
+    *((family, "low", 1.0) for family in AT_LOW_END),
+    *((family, "high", -1.0) for family in AT_HIGH_END),
+]
+
+
+def data(family, end, n=120):
+    X = sample(family, n=n)
+    X[:, 4] = getattr(get_family(family).support, end)
+    return X
+
+
+def fit(X, family, **options):
+    return ExpFamilyDEQ(2, family=family, random_state=0, **options).fit(X)
+
+
+@pytest.mark.parametrize(("family", "end", "inward"), CASES, ids=str)
+def test_is_half_an_observation_inside(family, end, inward):
+    X = data(family, end)
+    model = fit(X, family)
+    law = get_family(family)
+    edge = getattr(law.support, end)
+    expected = float(law.link(torch.tensor(edge + inward * 0.5 / 121, dtype=torch.float64)))
+    assert model.intercept_[4] == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_array_equal(model.loadings_[4], 0)
+    # The rest is as if the column were not there.
+    rest = fit(np.delete(X, 4, axis=1), family, tol=1e-9)
+    closely = fit(X, family, tol=1e-9)
+    np.testing.assert_allclose(closely.transform(X), rest.transform(np.delete(X, 4, 1)), atol=1e-4)
+    # Neither the type nor the tolerance nor the solver decides what a held-out entry costs.
+    other = X.copy()
+    other[0, 4] = edge + inward
+    scores = [
+        fit(X.astype(dtype), family, **options).score_samples(other.astype(dtype))[0]
+        - fit(X.astype(dtype), family, **options).score_samples(X.astype(dtype))[0]
+        for dtype, options in [
+            (np.float64, {}),
+            (np.float64, {"tol": 1e-9}),
+            (np.float32, {}),
+            (np.float64, {"solver": "adam", "max_iter": 30}),
+        ]
+    ]
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["poisson", "bernoulli"])
+def test_weights_gaps_and_sparse_rows(family):
+    X = data(family, "low")
+    weight = np.random.default_rng(0).integers(1, 4, size=120).astype(float)
+    gaps = X.copy()
+    gaps[::3, 4] = np.nan
+    for rows in (X, gaps):
+        weighted = ExpFamilyDEQ(2, family=family).fit(rows, sample_weight=weight)
+        repeated = ExpFamilyDEQ(2, family=family).fit(np.repeat(rows, weight.astype(int), axis=0))
+        assert weighted.intercept_[4] == pytest.approx(repeated.intercept_[4], rel=1e-12)
+        sparse = ExpFamilyDEQ(2, family=family).fit(sp.csr_array(rows), sample_weight=weight)
+        assert sparse.intercept_[4] == pytest.approx(weighted.intercept_[4], rel=1e-12)
+        # Weights that sum to one are no less than the rows are.
+        few = ExpFamilyDEQ(2, family=family).fit(rows, sample_weight=weight / weight.sum())
+        observed = np.isfinite(rows[:, 4]) @ weight / weight.mean()
+        assert few.intercept_[4] == pytest.approx(
+            float(get_family(family).link(torch.tensor(0.5 / (observed + 1)))), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("exposure", [None, "total"])
+def test_restarts_and_exposure(exposure):
+    X = data("poisson", "low")
+    seen = X.copy()
+    seen[:, 4] = 1.0
+    model = fit(seen, "poisson", exposure=exposure, warm_start=True)
+    assert np.abs(model.loadings_[4]).max() > 0
+    model.fit(X)
+    np.testing.assert_array_equal(model.loadings_[4], 0)
+    assert model.intercept_[4] == pytest.approx(np.log(0.5 / 121))
+
+
+def test_other_columns_are_none_of_its_business():
+    X = sample("poisson", n=120)
+    X[:, 4] = 0
+    X[3, 4] = 1
+    model = fit(X, "poisson")
+    assert np.abs(model.loadings_[4]).max() > 0
+    # A constant elsewhere has a most likely intercept.
+    X[:, 4] = 2
+    assert fit(X, "poisson").intercept_[4] == pytest.approx(np.log(2), abs=1e-4)
+    # A map of its own, densities without bound and supports without an attained end.
+    for family, options in [
+        ("gaussian", {}),
+        ("poisson", {"canonical_map": "softplus", "max_iter": 3}),
+    ]:
+        X[:, 4] = 0
+        assert np.isfinite(fit(X, family, **options).intercept_[4])
+
+
+@pytest.mark.parametrize("make", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize(("family", "end", "inward"), CASES, ids=str)
+def test_a_stream_begins_them_anew_once_they_move(family, end, inward, make):
+    X = sample(family, n=1200)
+    law = get_family(family)
+    edge = getattr(law.support, end)
+    first = X[:100].copy()
+    first[:, 4] = edge
+    if end == "high" and make is sp.csr_array:
+        X[100:, 4] = np.where(np.arange(1100) % 3, edge, X[100:, 4])
+    stream = ExpFamilyDEQ(2, family=family, random_state=0).partial_fit(make(first))
+    stream.partial_fit(make(first))
+    mean = edge + inward * 0.5 / 201
+    assert stream.intercept_[4] == pytest.approx(float(law.link(torch.tensor(mean))), rel=1e-5)
+    np.testing.assert_array_equal(stream.loadings_[4], 0)
+    stream = pickle.loads(pickle.dumps(stream))
+    stream.partial_fit(make(X[100:400]))
+    pooled = (200 * edge + X[100:400, 4].sum()) / 500
+    # One step of Adam away from the mean of all that the stream has seen.
+    expected = float(law.link(torch.tensor(pooled)))
+    assert stream.intercept_[4] == pytest.approx(expected, abs=0.021)
+    for low in range(400, 1200, 100):
+        stream.partial_fit(make(X[low : low + 100]))
+    assert np.abs(stream.loadings_[4]).max() > 0
+
+
+def test_a_stream_that_meets_a_gene_late_comes_close_to_a_fit():
+    rng = np.random.default_rng(0)
+    X = rng.poisson(1.0, size=(5000, 20)).astype(float)
+    X[:500, 7] = 0
+    stream = ExpFamilyDEQ(1, family="poisson", random_state=0)
+    for _ in range(3):
+        for low in range(0, 5000, 500):
+            stream.partial_fit(X[low : low + 500])
+    fitted = ExpFamilyDEQ(1, family="poisson", random_state=0).fit(X)
+    # It was 42 below.
+    assert stream.score(X) > fitted.score(X) - 0.1
+
+
+def test_kernels_keep_their_share():
+    X = sample("bernoulli", n=100, p=16)
+    X[:, 5] = 0
+    options = {"loadings": "conv2d", "image_shape": (4, 4), "kernel_size": 2, "stride": 2}
+    model = ExpFamilyDEQ(1, family="bernoulli", max_iter=5, **options).fit(X)
+    expected = np.log(0.5 / 101) - np.log1p(-0.5 / 101)
+    assert model.intercept_[5] == pytest.approx(expected, rel=1e-6)
+    stream = ExpFamilyDEQ(1, family="bernoulli", max_iter=5, **options)
+    stream.partial_fit(X).partial_fit(X)
+    assert stream.intercept_[5] < expected
+    X[:50, 5] = 1
+    stream.partial_fit(X)
+    assert stream.intercept_[5] == pytest.approx(np.log(50 / 250), abs=0.021)
