@@ -4,7 +4,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.base import ClassifierMixin, RegressorMixin, _fit_context
 from sklearn.metrics import accuracy_score, mean_squared_error
 from sklearn.preprocessing import LabelEncoder
@@ -23,7 +23,9 @@ _PARAMETERS = """
     ----------
     backbone : ExpFamilyDEQ, FrozenEstimator of one, or None, default=None
         The model of X below the head. A fitted one is copied and trained further; one that is
-        not is fitted first, without the targets. None is ``ExpFamilyDEQ()``. Cloning, as
+        not, or whose parameters ask for another model since, is fitted first, without the
+        targets. None is a Gaussian one of 16 components, or as many as there are rows or
+        features; to choose its parameters, or search over them, give one. Cloning, as
         cross-validation and grid searches do, unfits it like any other parameter, unless it is
         in a :class:`~sklearn.frozen.FrozenEstimator`.
 
@@ -209,6 +211,21 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
         """
         return returned(softmax(self._outputs(X), axis=1), X)
 
+    def predict_log_proba(self, X: MatrixLike) -> Output:
+        """Logarithms of the probabilities of the classes.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the backbone's family; NaN where missing.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes)
+            In the order of `classes_`; finite where probabilities round to zero.
+        """
+        return returned(log_softmax(self._outputs(X), axis=1), X)
+
     def predict(self, X: MatrixLike) -> Output:
         """Most probable class of each row.
 
@@ -253,6 +270,9 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
 
     def _n_outputs(self) -> int:
         return len(self.classes_)
+
+    def _settled(self, targets):
+        return np.zeros(len(self.classes_), dtype=bool)
 
     def _strata(self, targets):
         return targets
@@ -383,6 +403,10 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
 
     def _n_outputs(self) -> int:
         return self._target_mean.size
+
+    def _settled(self, targets):
+        """Say which outputs have targets that do not differ."""
+        return ~np.atleast_2d(targets.T).any(axis=1)
 
     def _strata(self, targets):
         return None

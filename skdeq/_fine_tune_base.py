@@ -63,6 +63,10 @@ class ScoredOnHost:
 # than frozen (gamma data of rank 2: 0.82 of the labels right, frozen 0.90, a third 0.94), and a
 # tenth takes long to gain anything (digits, k = 6, 30 epochs: 0.88; a third 0.89, as fast 0.91).
 _SLOWER = 3
+# Components of the default backbone, where there are as many rows and features. Of the labels of
+# digits (three folds) two components get 0.77 right, 4 0.92, 8 0.97, 16 0.98 and 32 0.98; on wine,
+# breast cancer and iris all that is from 4 on is within 0.02.
+_MOST_COMPONENTS = 16
 
 
 def _unfrozen(backbone):
@@ -236,6 +240,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for another model than is fitted: what they are, and were."""
         asked, there = self._backbone().get_params(), self.backbone_.get_params()
+        if self.backbone is None:
+            asked["n_components"] = there["n_components"]
         changes = {
             f"backbone__{name}": pair for name, pair in changed_parameters(asked, there).items()
         }
@@ -247,6 +253,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     def _backbone(self) -> ExpFamilyDEQ:
         backbone = _unfrozen(self.backbone)
         return backbone if isinstance(backbone, ExpFamilyDEQ) else ExpFamilyDEQ()
+
+    def _is_pretrained(self) -> bool:
+        """Whether the backbone is fitted, and as what its parameters ask for."""
+        backbone = self._backbone()
+        if not hasattr(backbone, "components_") or backbone._fitted_as is None:
+            return hasattr(backbone, "components_")
+        return not changed_parameters(backbone.get_params(), backbone._fitted_as)
 
     def _check_backbone(self) -> None:
         if not isinstance(self.backbone, FrozenEstimator):
@@ -262,7 +275,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     def _pretrained(self, X, sample_weight, progress: Progress, seed: int) -> ExpFamilyDEQ:
         """Copy of the backbone, fitted."""
         backbone = self._backbone()
-        if hasattr(backbone, "components_"):
+        if self._is_pretrained():
             if backbone.n_features_in_ != X.shape[1]:
                 raise ValueError(
                     f"X has {X.shape[1]} features, but the backbone was fitted on "
@@ -277,6 +290,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 )
             return copy.deepcopy(backbone)
         backbone = clone(backbone)
+        if self.backbone is None:
+            backbone.set_params(n_components=min(_MOST_COMPONENTS, *X.shape))
         if backbone.random_state is None:
             backbone.set_params(random_state=seed)
         with progress.part("pretrain", backbone):
@@ -308,6 +323,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 self._n_outputs(),
                 torch.Generator("cpu").manual_seed(int(seeds[1])),
             )
+            head.silence(self._settled(targets))
         else:
             latents = self._latents(X)
             head = Head(self._centre, self._scale, self.coefs_, self.intercepts_)
@@ -328,15 +344,16 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             score = None
             if held_out is not None:
 
-                def score() -> float:
+                def score() -> tuple[float, float]:
                     outputs = trainer.outputs(held_out)
                     weight = None if sample_weight is None else sample_weight[held_out]
-                    return self._metric(targets[held_out], outputs, weight)
+                    metric = self._metric(targets[held_out], outputs, weight)
+                    return metric, -trainer.mean_loss(outputs, held_out)
 
             progress.store = FineTuned._store
             converged = trainer.fit(train, progress, score) or progress.stopped
         # A backbone that was fitted before has seen more than this batch.
-        pooled = stream and (going_on or hasattr(self._backbone(), "components_"))
+        pooled = stream and (going_on or self._is_pretrained())
         self._store(trainer, append=going_on and stream, pooled=pooled)
         if trainer.taken_back:
             warn(
@@ -348,6 +365,14 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                     if self.fine_tune and self.backbone_learning_rate is not None
                     else "."
                 ),
+                ConvergenceWarning,
+            )
+        elif trainer.undone:
+            warn(
+                f"{trainer.undone} epochs of {type(self).__name__} ended with more than twice the "
+                "loss of a prediction that knows nothing of the rows; they were undone, and the "
+                "training went on with a tenth of the step each time. Lower "
+                f"learning_rate={self.learning_rate:g}.",
                 ConvergenceWarning,
             )
         elif not converged:

@@ -23,6 +23,8 @@ __all__ = ["Head", "HeadOptions", "HeadTrainer", "TrainingRows"]
 
 # Scaled residual to which the latents of a minibatch are solved, at least.
 _TOLERANCE = 1e-4
+# Times the loss of outputs of zero that the mean loss of an epoch may be.
+_ASTRAY = 2.0
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Head:
             coefs.append(drawn[:-1])
             intercepts.append(drawn[-1])
         return cls(centre, scale, coefs, intercepts)
+
+    def silence(self, outputs: np.ndarray) -> None:
+        """Set some outputs, bool (n_outputs,), to zero: they stay there while their targets do."""
+        self.coefs[-1][:, outputs] = 0
+        self.intercepts[-1][outputs] = 0
 
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """Compute the outputs (n, n_outputs)."""
@@ -174,6 +181,8 @@ class HeadTrainer:
         self.scores: list[float] = []
         # Steps that left the domain of the family, or the finite numbers, and were taken back.
         self.taken_back = 0
+        # Epochs that were worse than outputs of zero, and were undone.
+        self.undone = 0
 
     def _features(self, index: Tensor, training: bool) -> Tensor:
         fine_tune, leave_out = self.options.fine_tune, training and self.options.dropout > 0
@@ -290,7 +299,7 @@ class HeadTrainer:
         self,
         rows: np.ndarray,
         progress: Progress,
-        score: Callable[[], float] | None = None,
+        score: Callable[[], tuple[float, float]] | None = None,
     ) -> bool:
         """Train until the loss, or else the score, makes no more progress; return whether it did.
 
@@ -301,43 +310,88 @@ class HeadTrainer:
         progress : Progress
             Is told of each epoch.
         score : callable, optional
-            Score on other rows; the parameters of the best epoch are kept.
+            Score on other rows, and their mean loss with its sign changed, by which equal scores
+            are compared; the parameters of the best epoch are kept.
 
         Returns
         -------
         bool
         """
         options = self.options
-        best, quiet = -np.inf, 0
+        best, quiet = (-np.inf, -np.inf), 0
         kept: list[Tensor] | None = None
         places = torch.from_numpy(rows)
+        astray = _ASTRAY * self._loss_of_nothing(places.to(self.rows.device))
+        least, safe = np.inf, self._copied()
         for _ in range(options.max_iter):
             progress.begin()
+            before = self._copied()
             order = places
             if len(places) > options.batch_size:
                 order = places[torch.randperm(len(places), generator=self.generator, device="cpu")]
             loss = self._epoch(order.to(self.rows.device))
             self.loss_curve.append(loss)
-            merit = -loss
+            is_astray = astray < loss < np.inf
+            if is_astray:
+                self._undo(safe)
+            elif loss < least:
+                # The loss is that of the steps of the epoch, of which the last may be astray.
+                least, safe = loss, before
+            # Of few rows held out the score moves in leaps; between them the loss decides.
+            merit = (-loss, 0.0)
             if score is not None:
                 merit = score()
                 # Only the next gradient shows whether the last step went astray, and what did
                 # is not to be kept, however high it scores.
                 if merit > best and not self._check_last_step():
                     merit = score()
-                self.scores.append(merit)
-            quiet = 0 if merit > best + options.tol else quiet + 1
+                self.scores.append(merit[0])
+            gained = merit[0] > best[0] + options.tol
+            gained |= merit[0] >= best[0] and merit[1] > best[1] + options.tol
+            if not is_astray:
+                quiet = 0 if gained else quiet + 1
             if merit > best:
                 best = merit
                 if score is not None:
-                    kept = [parameter.detach().clone() for parameter in self._parameters]
+                    kept = self._copied()
             stop = progress.end(
-                loss, partial(self._ended, kept), score=None if score is None else merit
+                loss, partial(self._ended, kept), score=None if score is None else merit[0]
             )
             if stop or quiet >= options.n_iter_no_change:
                 break
         self._end(kept)
         return quiet >= options.n_iter_no_change
+
+    def mean_loss(self, outputs: np.ndarray, index: np.ndarray) -> float:
+        """Weighted mean loss of outputs (m, n_outputs) for some rows (m,)."""
+        at = torch.from_numpy(index).to(self.rows.device)
+        return self._mean_loss(to_tensor(outputs).to(self._centre), at)
+
+    def _mean_loss(self, outputs: Tensor, index: Tensor) -> float:
+        losses = self.loss(outputs, self._targets[index])
+        if self._sample_weight is None:
+            return float(losses.mean())
+        weight = self._sample_weight[index]
+        return float(losses @ weight / weight.sum())
+
+    def _loss_of_nothing(self, index: Tensor) -> float:
+        """Mean loss of outputs of zero: all classes as likely, or the mean target."""
+        return self._mean_loss(
+            self._biases[-1].new_zeros(len(index), len(self._biases[-1])), index
+        )
+
+    def _copied(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters]
+
+    def _undo(self, safe: list[Tensor]) -> None:
+        """Go back to parameters that were better, and go on with a tenth of the steps."""
+        self.undone += 1
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, safe, strict=True):
+                parameter.copy_(value)
+        self.optimiser.state.clear()
+        for group in self.optimiser.param_groups:
+            group["lr"] *= 0.1
 
     def _end(self, kept: list[Tensor] | None) -> None:
         """End the training, with the parameters that were kept if there are such."""

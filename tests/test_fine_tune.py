@@ -11,14 +11,16 @@ import scipy.sparse as sp
 import torch
 from conftest import CUDA, sample
 from sklearn.base import clone, is_classifier
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import (
     GridSearchCV,
+    StratifiedKFold,
     cross_val_predict,
+    cross_val_score,
     cross_validate,
     train_test_split,
 )
@@ -616,3 +618,77 @@ def test_several_targets_in_streams_and_restarts():
     targets[7, 1] = np.inf
     with pytest.raises(ValueError, match="row 7, column 1 is inf"):
         regressor().fit(X, targets)
+
+
+@pytest.mark.parametrize("learning_rate", [1.0, 10.0, 100.0])
+def test_training_that_runs_away_is_undone(learning_rate):
+    X, label, number = data("gaussian")
+    options = {"learning_rate": learning_rate, "max_iter": 40}
+    with pytest.warns(ConvergenceWarning, match=r"epochs of DEQClassifier .* Lower learning_rate"):
+        fitted = classifier("gaussian", **options).fit(X, label)
+    assert fitted.score(X, label) > 0.8
+    assert max(fitted.loss_curve_) > 2 * np.log(2) > 2 * fitted.loss_curve_[-1]
+    with pytest.warns(ConvergenceWarning, match=r"epochs of DEQRegressor .* Lower learning_rate"):
+        fitted = regressor("gaussian", **options).fit(X, number)
+    assert fitted.score(X, number) > 0.6
+
+
+def test_a_constant_target_is_predicted_exactly():
+    X, _, number = data()
+    fitted = regressor().fit(X, np.full(len(X), 1000.0))
+    np.testing.assert_array_equal(fitted.predict(X), 1000.0)
+    both = regressor(max_iter=60).fit(X, np.column_stack([number, np.full(len(X), -7.0)]))
+    np.testing.assert_array_equal(both.predict(X)[:, 1], -7.0)
+    assert r2_score(number, both.predict(X)[:, 0]) > 0.6
+    # A stream may begin with one, and learn what comes after it.
+    stream = regressor().partial_fit(X, np.full(len(X), 1.0))
+    np.testing.assert_array_equal(stream.predict(X), 1.0)
+    for _ in range(20):
+        stream.partial_fit(X, number)
+    assert stream.score(X, number) > 0.5
+
+
+def test_probabilities_that_round_to_zero_have_logarithms():
+    X, label, _ = data()
+    fitted = classifier(max_iter=3).fit(X, label)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(X)), fitted.predict_proba(X))
+    fitted.coefs_[-1] = 1e6 * fitted.coefs_[-1]
+    assert (fitted.predict_proba(X) == 0).any()
+    assert np.isfinite(fitted.predict_log_proba(X)).all()
+
+
+def test_a_fitted_backbone_that_is_asked_for_anew_is_fitted_anew():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    fitted = classifier(max_iter=1, backbone_learning_rate=1e-12)
+    fitted.set_params(backbone=backbone).fit(X, label)
+    np.testing.assert_allclose(fitted.backbone_.loadings_, backbone.loadings_, atol=1e-9)
+    for k in (3, 5):
+        fitted.set_params(backbone__n_components=k).fit(X, label)
+        assert fitted.backbone_.components_.shape == (k, 12)
+        assert fitted.coefs_[0].shape == (k, 100)
+    # What makes no other model is no reason to.
+    backbone = ExpFamilyDEQ(2, family="poisson", max_iter=2).fit(X)
+    loadings = backbone.loadings_
+    fitted.set_params(backbone=backbone, backbone__max_iter=50).fit(X, label)
+    np.testing.assert_allclose(fitted.backbone_.loadings_, loadings, atol=1e-9)
+
+
+def test_the_default_backbone_has_the_components_that_the_data_allow():
+    X, y = load_digits(return_X_y=True)
+    fitted = DEQClassifier(random_state=0, warm_start=True).fit(X[:900], y[:900])
+    assert fitted.backbone_.components_.shape == (16, 64)
+    assert fitted.score(X[900:], y[900:]) > 0.9
+    head = fitted.coefs_[0]
+    fitted.set_params(max_iter=1, learning_rate=1e-12).fit(X[:900], y[:900])
+    np.testing.assert_allclose(fitted.coefs_[0], head, atol=1e-9)  # went on from there
+    assert DEQClassifier(max_iter=1).fit(X[:10], y[:10]).backbone_.components_.shape == (10, 64)
+    assert DEQClassifier(max_iter=1).fit(X[:90, 2:5], y[:90]).backbone_.components_.shape == (3, 3)
+
+
+def test_equal_scores_of_few_rows_are_told_apart_by_their_loss():
+    X, y = load_iris(return_X_y=True)
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    early = DEQClassifier(ExpFamilyDEQ(4), early_stopping=True, random_state=0)
+    # With the score alone, on twelve rows held out, it was below 0.9.
+    assert cross_val_score(early, X, y, cv=folds).mean() > 0.93
