@@ -15,7 +15,7 @@ from sklearn.base import (
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from skdeq._base import (
     VersionedMixin,
@@ -335,12 +335,13 @@ class ImplicitEMEncoder(
 
         The first call settles location and scale for good; memory does not grow with the stream.
         All batches are computed with in one floating point type. A batch that is refused leaves
-        the model as it was, and its number in the stream is in the message.
+        the model as it was, and its number in the stream is in the message. A later batch of one
+        row, which has no variance to learn from, leaves it as it was with a warning.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Finite rows; at least two.
+            Finite rows; at least two, which differ, in the first call.
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -353,12 +354,26 @@ class ImplicitEMEncoder(
         """
         with stream_batch(self), training(self, X, y, sample_weight):
             first = getattr(self, "components_", None) is None
+            if not first and _num_samples(X) == 1:
+                check_rows(self, X, reset=False)
+                warn(
+                    f"A batch of one row has no variance for {type(self).__name__} to learn from "
+                    "and was left out.",
+                    UserWarning,
+                )
+                return self
             X, weights = self._training(X, sample_weight, reset=first)
             device = resolve_device(self.device, X)
             rows = to_rows(X, device)
             weight = None if weights is None else to_tensor(weights, rows.device)
             if first:
                 preconditioner = fit_preconditioner(rows, weight)
+                if not bool(preconditioner.varying.any()):
+                    raise ValueError(
+                        f"All {X.shape[0]} rows of the first batch are the same, but they settle "
+                        f"location and scale of the stream for {type(self).__name__}: begin with "
+                        "rows that differ."
+                    )
                 generator = seeded_generator(self.random_state)
                 start = start_weights(self.n_components, preconditioner.varying, generator)
                 past, state = EncoderTrace(), None

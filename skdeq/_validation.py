@@ -214,7 +214,8 @@ def _validated(estimator, X, dtypes: Sequence[type], *, reset: bool, min_rows: i
     if not sp.issparse(X):
         return to_tensor(X)
     if not X.has_canonical_format:
-        X = X.copy()
+        # Sums of small integers may not fit into their type.
+        X = X.copy() if X.dtype in _FLOATS else X.astype(np.float64)
         X.sum_duplicates()
     return X
 

@@ -621,3 +621,15 @@ def test_devices_agree(device, layout, solver):
         fitted.set_params(device="cpu").transform(X), expected.transform(X), atol=1e-4
     )
     fitted.set_params(device=device).partial_fit(layout(X))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+def test_repeated_places_of_sparse_rows_are_added_up_without_overflow(dtype):
+    X = np.random.default_rng(0).integers(0, 100, size=(40, 3)).astype(float)
+    encoder = ImplicitEMEncoder(4, random_state=0, max_iter=2).fit(X)
+    most = np.iinfo(dtype).max
+    places = np.array([0, 0, 1]), np.array([0, 2, 3])
+    rows = sp.csr_array((np.array([most, most, 1], dtype), *places), shape=(2, 3))
+    expected = encoder.transform(np.array([[2.0 * most, 0, 0], [0, 1, 0]]))
+    np.testing.assert_allclose(encoder.transform(rows), expected, rtol=1e-6)
+    assert rows.nnz == 3  # as it came

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import sample
+from sklearn.utils import gen_batches
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
 
@@ -239,3 +240,30 @@ def test_a_batch_of_empty_rows_explains_what_it_can():
         deq = ExpFamilyDEQ(1, family="poisson").fit(X[:20])
         deq.partial_fit(X[20:40]).partial_fit(np.zeros((4, 5)))
         assert np.isfinite(deq.explained_deviance_ratio_).all()
+
+
+def test_a_leftover_row_leaves_an_encoder_as_it_was():
+    X = np.random.default_rng(0).normal(size=(101, 5))
+    encoder = ImplicitEMEncoder(3, random_state=0)
+    for batch in list(gen_batches(101, 10))[:-1]:
+        encoder.partial_fit(X[batch])
+    before = encoder.components_.copy()
+    with pytest.warns(UserWarning, match="one row has no variance"):
+        encoder.partial_fit(X[100:])
+    np.testing.assert_array_equal(encoder.components_, before)
+    with pytest.raises(ValueError, match="row 0, column 2"):
+        encoder.partial_fit(np.array([[0, 1, np.nan, 0, 0]]))
+    with pytest.raises(ValueError, match="minimum of 2"):
+        ImplicitEMEncoder(3).partial_fit(X[100:])
+
+
+def test_an_encoder_does_not_begin_with_rows_that_are_the_same():
+    X = np.random.default_rng(0).normal(size=(50, 5))
+    encoder = ImplicitEMEncoder(3, random_state=0)
+    with pytest.raises(ValueError, match="All 10 rows of the first batch are the same"):
+        encoder.partial_fit(np.full((10, 5), 7.0))
+    assert not hasattr(encoder, "components_")
+    encoder.partial_fit(X)
+    np.testing.assert_array_equal(
+        encoder.components_, ImplicitEMEncoder(3, random_state=0).partial_fit(X).components_
+    )
