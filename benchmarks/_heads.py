@@ -5,7 +5,8 @@ import torch
 from sklearn.base import clone
 
 from skdeq._base import resolve_device
-from skdeq._head_training import Head, HeadTrainer, TrainingRows
+from skdeq._head import Head
+from skdeq._head_training import HeadTrainer, TrainingRows
 from skdeq.nn import EquilibriumLayer
 
 

@@ -134,7 +134,8 @@ class ExpFamilyDEQ(
 
     exposure : {"total"} or None, default=None
         With "total" (Poisson), the offset of a row is ``log(row total / mean training row
-        total)``, computed from the row itself in `fit` and in `transform`.
+        total)``, computed from the row itself in `fit` and in `transform`. As the total is taken
+        as given, `score` compares models with the same exposure only.
 
     whiten : bool, default=False
         If False, `transform` returns scores in an orthonormal basis, in order of decreasing
@@ -196,7 +197,8 @@ class ExpFamilyDEQ(
         Orthonormal basis of the loadings, in order of decreasing variance of the scores. With
         hidden layers, of the average derivative of the linear predictor in the top latents.
     intercept_ : ndarray of shape (n_features,)
-        The intercept b.
+        The intercept b. Of a feature that is at one end of the support wherever it is observed,
+        such as a gene without a count, it is half an observation inside, with loadings of zero.
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
         (n_features, h_1), with hidden layers.

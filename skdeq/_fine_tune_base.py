@@ -23,7 +23,8 @@ from skdeq._chunks import parallel_chunks
 from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._expfam_layout import changed_parameters, refuse_changes
-from skdeq._head_training import Head, HeadOptions, HeadTrainer, TrainingRows
+from skdeq._head import Head
+from skdeq._head_training import HeadOptions, HeadTrainer, TrainingRows
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights

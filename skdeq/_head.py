@@ -1,0 +1,64 @@
+"""The network on top of the latents, as it is kept and as it predicts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["Head"]
+
+
+@dataclass
+class Head:
+    """ReLU network on centred and scaled latents, as numpy arrays.
+
+    Attributes
+    ----------
+    centre, scale : ndarray of shape (k,)
+        Means of the latents before training, and the root mean square deviation of all.
+    coefs : list of ndarray of shape (n_in, n_out)
+    intercepts : list of ndarray of shape (n_out,)
+    """
+
+    centre: np.ndarray
+    scale: np.ndarray
+    coefs: list[np.ndarray]
+    intercepts: list[np.ndarray]
+
+    @classmethod
+    def start(
+        cls,
+        latents: np.ndarray,
+        sample_weight: np.ndarray | None,
+        hidden: tuple[int, ...],
+        n_outputs: int,
+        generator: torch.Generator,
+    ) -> "Head":
+        """Head before training, its weights drawn as those of ``torch.nn.Linear`` are."""
+        centre = np.average(latents, axis=0, weights=sample_weight)
+        # One scale for all latents: they share a prior and their rotation is arbitrary, so that to
+        # stretch each to unit variance would make what says little as loud as what says much.
+        spread = np.average(np.square(latents - centre), axis=0, weights=sample_weight).mean()
+        scale = np.full_like(centre, np.sqrt(spread if spread > 1e-12 else 1.0))
+        sizes = (latents.shape[1], *hidden, n_outputs)
+        coefs, intercepts = [], []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            drawn = torch.rand(
+                n_in + 1, n_out, generator=generator, dtype=torch.float64, device="cpu"
+            )
+            drawn = ((2 * drawn - 1) / n_in**0.5).numpy().astype(latents.dtype)
+            coefs.append(drawn[:-1])
+            intercepts.append(drawn[-1])
+        return cls(centre, scale, coefs, intercepts)
+
+    def silence(self, outputs: np.ndarray) -> None:
+        """Set some outputs, bool (n_outputs,), to zero: they stay there while their targets do."""
+        self.coefs[-1][:, outputs] = 0
+        self.intercepts[-1][outputs] = 0
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        """Compute the outputs (n, n_outputs)."""
+        values = (latents - self.centre) / self.scale
+        for coef, intercept in zip(self.coefs[:-1], self.intercepts[:-1], strict=True):
+            values = np.maximum(values @ coef + intercept, 0)
+        return (values @ self.coefs[-1] + self.intercepts[-1]).astype(latents.dtype)
