@@ -24,8 +24,9 @@ _PARAMETERS = """
     backbone : ExpFamilyDEQ, FrozenEstimator of one, or None, default=None
         The model of X below the head. A fitted one is copied and trained further; one that is
         not, or whose parameters ask for another model since, is fitted first, without the
-        targets. None is a Gaussian one of 16 components, or as many as there are rows or
-        features; to choose its parameters, or search over them, give one. Cloning, as
+        targets. None is a Gaussian one of 16 components, of fewer than 100 rows of 2, or of as
+        many as there are features; to choose its parameters, or search over them, give one.
+        Cloning, as
         cross-validation and grid searches do, unfits it like any other parameter, unless it is
         in a :class:`~sklearn.frozen.FrozenEstimator`.
 

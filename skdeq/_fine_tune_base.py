@@ -64,10 +64,22 @@ class ScoredOnHost:
 # than frozen (gamma data of rank 2: 0.82 of the labels right, frozen 0.90, a third 0.94), and a
 # tenth takes long to gain anything (digits, k = 6, 30 epochs: 0.88; a third 0.89, as fast 0.91).
 _SLOWER = 3
-# Components of the default backbone, where there are as many rows and features. Of the labels of
+# Components of the default backbone, where there are as many features. Of the labels of
 # digits (three folds) two components get 0.77 right, 4 0.92, 8 0.97, 16 0.98 and 32 0.98; on wine,
 # breast cancer and iris all that is from 4 on is within 0.02.
-_MOST_COMPONENTS = 16
+_COMPONENTS = 16
+# Rows from which on it has them, and its components otherwise. Fewer rows, which repetition may
+# make more, have the same number of components as long as they allow so many.
+_MANY_ROWS = 100
+_COMPONENTS_OF_FEW = 2
+
+
+def _default_components(X, sample_weight) -> int:
+    """Components of the default backbone, as many for weighted rows as for repeated ones."""
+    n, p = X.shape
+    total = n if sample_weight is None else max(n, float(sample_weight.sum()))
+    enough = n >= _COMPONENTS and total >= _MANY_ROWS
+    return min(_COMPONENTS if enough else _COMPONENTS_OF_FEW, n, p)
 
 
 def _unfrozen(backbone):
@@ -292,7 +304,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             return copy.deepcopy(backbone)
         backbone = clone(backbone)
         if self.backbone is None:
-            backbone.set_params(n_components=min(_MOST_COMPONENTS, *X.shape))
+            backbone.set_params(n_components=_default_components(X, sample_weight))
         if backbone.random_state is None:
             backbone.set_params(random_state=seed)
         with progress.part("pretrain", backbone):

@@ -682,8 +682,11 @@ def test_the_default_backbone_has_the_components_that_the_data_allow():
     head = fitted.coefs_[0]
     fitted.set_params(max_iter=1, learning_rate=1e-12).fit(X[:900], y[:900])
     np.testing.assert_allclose(fitted.coefs_[0], head, atol=1e-9)  # went on from there
-    assert DEQClassifier(max_iter=1).fit(X[:10], y[:10]).backbone_.components_.shape == (10, 64)
-    assert DEQClassifier(max_iter=1).fit(X[:90, 2:5], y[:90]).backbone_.components_.shape == (3, 3)
+    few = DEQClassifier(max_iter=1)
+    assert few.fit(X[:99], y[:99]).backbone_.components_.shape == (2, 64)
+    weight = np.arange(99) % 3 + 1
+    assert few.fit(X[:99], y[:99], weight).backbone_.components_.shape == (16, 64)
+    assert few.fit(X[:150, 2:5], y[:150]).backbone_.components_.shape == (3, 3)
 
 
 def test_equal_scores_of_few_rows_are_told_apart_by_their_loss():
