@@ -59,11 +59,7 @@ def missing_per_column(X, weight: np.ndarray | None = None) -> np.ndarray:
 def columns_at(X, value: float) -> np.ndarray:
     """Columns of validated data that have one value wherever they are observed."""
     if sp.issparse(X):
-        n, p = X.shape
-        at_value = np.bincount(X.indices[X.data == value], minlength=p)
-        if value == 0:
-            at_value += n - np.bincount(X.indices, minlength=p)
-        return np.flatnonzero(at_value + missing_per_column(X) == n)
+        return _sparse_columns_at(X, value)
 
     def elsewhere(rows: Tensor) -> Tensor:
         return ((rows != value) & ~torch.isnan(rows)).any(0)
@@ -77,6 +73,18 @@ def columns_at(X, value: float) -> np.ndarray:
         )
         columns = columns[~torch.stack(parts).any(0)]
     return columns.cpu().numpy()
+
+
+def _sparse_columns_at(X: sp.csr_array, value: float) -> np.ndarray:
+    n, p = X.shape
+    elsewhere, stored = np.zeros(p, dtype=bool), np.zeros(p, dtype=np.int64)
+    for low in range(0, X.nnz, CHUNK_ENTRIES):
+        entries = slice(low, low + CHUNK_ENTRIES)
+        columns, data = X.indices[entries], X.data[entries]
+        elsewhere[columns[(data != value) & ~np.isnan(data)]] = True
+        if value != 0:
+            stored += np.bincount(columns, minlength=p)
+    return np.flatnonzero(~elsewhere & ((stored == n) if value != 0 else True))
 
 
 def _compressed(indptr, indices, data, shape, device: torch.device) -> CompressedRows:

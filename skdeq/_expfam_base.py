@@ -74,7 +74,7 @@ class LatentVariableEstimator(FittedLatents):
     _adam: dict[str, Any] | None
     # What the model was fitted as; saved by an older version, it does not know.
     _fitted_as: dict[str, Any] | None = None
-    _ends: dict[str, Any]
+    _ends: dict[str, Any] | None = None
     _to_scores: np.ndarray
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
@@ -175,7 +175,7 @@ class LatentVariableEstimator(FittedLatents):
                 "raise them."
             )
         elif not self.converged_ and not stopped and self.n_iter_ < self.max_iter:
-            is_narrow = self.components_.dtype == np.float32
+            is_narrow = self.components_.dtype == np.float32 and not self._in_double
             digits = "float64 data have more digits to go by; or raise" if is_narrow else "raise"
             what = (
                 f"{name} did not converge: after {self.n_iter_} iterations no step lowered the "
@@ -333,6 +333,8 @@ class LatentVariableEstimator(FittedLatents):
         self._keep(setting.rounded_off(), model, self._moments_of(setting, model, of_stream))
         # Steps of another model's Adam are not for this one.
         self._adam = None
+        # They have been trained like the others.
+        self._ends = None
         self.__dict__.pop("explained_deviance_ratio_", None)
 
     def _moments_of(self, setting: Setting, model: LatentModel, of_stream: bool) -> tuple:
@@ -352,8 +354,8 @@ class LatentVariableEstimator(FittedLatents):
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
         state = None if self._adam is None else AdamState(**self._adam)
-        ends = EndColumns(**self._ends)
-        if len(ends):
+        ends = EndColumns(**self._ends) if self._ends else None
+        if ends:
             ends, seen = ends.after(X, setting)
             setting = ends.pinned(setting)
             state = restart(setting, parameters, state, seen)
@@ -379,4 +381,4 @@ class LatentVariableEstimator(FittedLatents):
         self._store(X, setting, model, trace, moments, of_stream=True)
         # Of plain types, as everything else that is saved.
         self._adam = asdict(adam_state(parameters, optimiser))
-        self._ends = asdict(ends)
+        self._ends = asdict(ends) if ends else None

@@ -270,8 +270,10 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     def _is_pretrained(self) -> bool:
         """Whether the backbone is fitted, and as what its parameters ask for."""
         backbone = self._backbone()
-        if not hasattr(backbone, "components_") or backbone._fitted_as is None:
-            return hasattr(backbone, "components_")
+        is_fitted = hasattr(backbone, "components_")
+        is_frozen = isinstance(self.backbone, FrozenEstimator)
+        if is_frozen or not is_fitted or backbone._fitted_as is None:
+            return is_fitted
         return not changed_parameters(backbone.get_params(), backbone._fitted_as)
 
     def _check_backbone(self) -> None:
@@ -364,7 +366,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                     return metric, -trainer.mean_loss(outputs, held_out)
 
             progress.store = FineTuned._store
-            converged = trainer.fit(train, progress, score) or progress.stopped
+            converged = trainer.fit(train, progress, score, going_on) or progress.stopped
         # A backbone that was fitted before has seen more than this batch.
         pooled = stream and (going_on or self._is_pretrained())
         self._store(trainer, append=going_on and stream, pooled=pooled)

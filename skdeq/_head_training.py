@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
 from skdeq._data import rows_of
@@ -189,14 +190,14 @@ class HeadTrainer:
     def _shorten(self) -> None:
         if not self.options.fine_tune:
             return
-        of_layer = dict(self.layer.named_parameters())
-        hidden = ("hidden_loadings.", "hidden_intercepts.")
-        next_to_data = [one for name, one in of_layer.items() if not name.startswith(hidden)]
-        kept = dict(zip(map(id, self._parameters), self._last_good, strict=True))
+        layer = self.layer
+        tied = parametrize.is_parametrized(layer, "loadings")
+        loadings: Any = layer.parametrizations.loadings.original if tied else layer.loadings  # type: ignore[union-attr]
+        last = dict(zip(map(id, self._parameters), self._last_good, strict=True))
+        of_intercept, of_loadings = ((one, last[id(one)]) for one in (layer.intercept, loadings))
+        own, shared = ([], [of_loadings]) if tied else ([of_loadings], [])
         with torch.no_grad():
-            before = [kept[id(one)] for one in next_to_data]
-            intercept = kept[id(self.layer.intercept)]
-            shorten(self.layer.family, intercept, next_to_data, before)
+            shorten(layer.family, of_intercept[1], of_intercept, *own, shared=shared)
 
     def _check_last_step(self) -> bool:
         """Take the last step of all back if it went astray; return whether it did not."""
@@ -245,6 +246,7 @@ class HeadTrainer:
         rows: np.ndarray,
         progress: Progress,
         score: Callable[[], tuple[float, float]] | None = None,
+        going_on: bool = False,
     ) -> bool:
         """Train until the loss, or else the score, makes no more progress; return whether it did.
 
@@ -257,6 +259,8 @@ class HeadTrainer:
         score : callable, optional
             Score on other rows, and their mean loss with its sign changed, by which equal scores
             are compared; the parameters of the best epoch are kept.
+        going_on : bool
+            Whether this is not the first fit.
 
         Returns
         -------
@@ -266,7 +270,11 @@ class HeadTrainer:
         best, quiet = (-np.inf, -np.inf), 0
         kept: list[Tensor] | None = None
         places = torch.from_numpy(rows)
-        astray = _ASTRAY * self._loss_of_nothing(places.to(self.rows.device))
+        astray = self._loss_of_nothing(places.to(self.rows.device))
+        if going_on:
+            # What was learned from other targets may be worse, and yet what to go on from.
+            astray = max(astray, self.mean_loss(self.outputs(rows), rows))
+        astray *= _ASTRAY
         least, safe = np.inf, self._copied()
         for _ in range(options.max_iter):
             progress.begin()
@@ -293,8 +301,7 @@ class HeadTrainer:
                 self.scores.append(merit[0])
             gained = merit[0] > best[0] + options.tol
             gained |= merit[0] >= best[0] and merit[1] > best[1] + options.tol
-            if not is_astray:
-                quiet = 0 if gained else quiet + 1
+            quiet = 0 if gained else quiet + 1
             if merit > best:
                 best = merit
                 if score is not None:

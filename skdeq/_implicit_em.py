@@ -15,7 +15,7 @@ from sklearn.base import (
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _num_samples, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
     VersionedMixin,
@@ -354,15 +354,7 @@ class ImplicitEMEncoder(
         """
         with stream_batch(self), training(self, X, y, sample_weight):
             first = getattr(self, "components_", None) is None
-            if not first and _num_samples(X) == 1:
-                check_rows(self, X, reset=False)
-                warn(
-                    f"A batch of one row has no variance for {type(self).__name__} to learn from "
-                    "and was left out.",
-                    UserWarning,
-                )
-                return self
-            X, weights = self._training(X, sample_weight, reset=first)
+            X, weights = self._training(X, sample_weight, reset=first, least=2 if first else 1)
             device = resolve_device(self.device, X)
             rows = to_rows(X, device)
             weight = None if weights is None else to_tensor(weights, rows.device)
@@ -384,6 +376,13 @@ class ImplicitEMEncoder(
                         f"n_components={self.n_components}, but partial_fit goes on with the "
                         f"{len(self.components_)} components there are; call fit to start anew."
                     )
+                if X.shape[0] == 1:
+                    warn(
+                        "One row has no variance to learn from: the batch was left out by "
+                        f"{type(self).__name__}.",
+                        UserWarning,
+                    )
+                    return self
                 start = to_tensor(self._weights)
                 preconditioner = Preconditioner(
                     to_tensor(self._location), self._scale, start[:, :-1].any(0)
@@ -535,21 +534,21 @@ class ImplicitEMEncoder(
             weight_redundancy=float(self.weight_redundancy),
         )
 
-    def _training(self, X, sample_weight, *, reset: bool):
+    def _training(self, X, sample_weight, *, reset: bool, least: int = 2):
         """Validate training rows and their weights."""
         self._activation()
-        X = check_rows(self, X, reset=reset, min_rows=2)
-        return self._weighted(X, sample_weight)
+        X = check_rows(self, X, reset=reset, min_rows=least)
+        return self._weighted(X, sample_weight, least)
 
-    def _weighted(self, X, sample_weight):
+    def _weighted(self, X, sample_weight, least: int = 2):
         """Validate the weights of validated rows; rows of no weight are left out."""
         if sample_weight is not None:
             sample_weight = check_weights(sample_weight, X)
             kept = np.flatnonzero(sample_weight)
-            if len(kept) < 2:
+            if len(kept) < least:
                 raise ValueError(
                     f"sample_weight is positive for {len(kept)} of {X.shape[0]} rows; "
-                    f"{type(self).__name__} needs at least 2."
+                    f"{type(self).__name__} needs at least {least}."
                 )
             if len(kept) < X.shape[0]:
                 X, sample_weight = take_rows(X, kept), sample_weight[kept]

@@ -72,10 +72,12 @@ def restart(
     at = _put(setting, parameters, pins)
     if state is None:
         return None
+    columns = pins.columns.cpu().numpy()
     first, second = list(state.first), list(state.second)
-    for moments in (first, second):
-        moments[at] = moments[at].copy()
-        moments[at][pins.columns.cpu().numpy()] = 0
+    first[at], second[at] = first[at].copy(), second[at].copy()
+    first[at][columns] = 0
+    # Zero, corrected for no more at this step, would make for steps several times as long.
+    second[at][columns] = second[at].mean(axis=0)
     return replace(state, first=first, second=second)
 
 
@@ -168,9 +170,10 @@ def solve_and_step(
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
     if setting.convolution is None:
-        shorten(setting.family, before[0][:, -1], [parameters[0]], [before[0]])
+        shorten(setting.family, before[0][:, -1], (parameters[0], before[0]))
     else:
-        shorten(setting.family, before[1], parameters, before)
+        pairs = list(zip(parameters, before, strict=True))
+        shorten(setting.family, before[1], pairs[1], shared=pairs[:1])
     hold(setting, parameters)
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
@@ -185,7 +188,10 @@ def solve_and_step(
 
 
 def shorten(
-    family: Family, intercept: Tensor, parameters: Sequence[Tensor], before: Sequence[Tensor]
+    family: Family,
+    intercept: Tensor,
+    *own: tuple[Tensor, Tensor],
+    shared: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """Shorten, in place, a step of the parameters next to the data whose family has an end.
 
@@ -198,18 +204,19 @@ def shorten(
     family : Family
     intercept : Tensor of shape (p,)
         Before the step.
-    parameters, before : sequence of Tensor
-        After and before it; of shape (p,) or (p, ...) one row for each feature, of any other,
-        as kernels, shared by all.
+    *own : pair of Tensor of shape (p,) or (p, ...)
+        Parameters of each feature, after and before it.
+    shared : sequence of pairs of Tensor
+        Those that serve all features, as kernels do.
     """
     if family.domain.is_real_line:
         return
     curvature = family.energy(intercept, torch.zeros_like(intercept))[2]
     length = curvature.rsqrt().clamp_max(1.0)
-    for one, old in zip(parameters, before, strict=True):
-        own = len(one) == len(length)
-        share = length.view(-1, *(1,) * (one.dim() - 1)) if own else length.min()
-        one.copy_(torch.lerp(old, one, share))
+    for one, old in own:
+        one.copy_(torch.lerp(old, one, length.view(-1, *(1,) * (one.dim() - 1))))
+    for one, old in shared:
+        one.copy_(torch.lerp(old, one, length.min()))
 
 
 def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> bool:

@@ -214,9 +214,12 @@ def _validated(estimator, X, dtypes: Sequence[type], *, reset: bool, min_rows: i
     if not sp.issparse(X):
         return to_tensor(X)
     if not X.has_canonical_format:
-        # Sums of small integers may not fit into their type.
-        X = X.copy() if X.dtype in _FLOATS else X.astype(np.float64)
+        given, X = X, X.copy()
         X.sum_duplicates()
+        if X.nnz < given.nnz and X.dtype.kind in "iu":
+            # The sums may not fit into so small a type.
+            X = given.astype(np.result_type(given.dtype, np.float32))
+            X.sum_duplicates()
     return X
 
 

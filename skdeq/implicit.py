@@ -46,12 +46,27 @@ def attach_gradient(
     >>> a.grad
     tensor([[1.]])
     """
-    solution = solution.detach()
+    return attach_factored(solution, gradient, *factored(hessian))
+
+
+def factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of Hessians (n, k, k), and which of them (n,) have one.
+
+    The others have the identity for it.
+    """
     factor, info = torch.linalg.cholesky_ex(hessian.detach())
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    failed = (info != 0).view(-1, 1)
-    step = _newton_step(gradient(solution), torch.where(failed.unsqueeze(2), identity, factor))
-    step = torch.where(failed, 0.0, step)
+    definite = info == 0
+    return torch.where(definite.view(-1, 1, 1), factor, identity), definite
+
+
+def attach_factored(
+    solution: Tensor, gradient: Callable[[Tensor], Tensor], factor: Tensor, definite: Tensor
+) -> Tensor:
+    """Do as :func:`attach_gradient` does, with what :func:`factored` returns."""
+    solution = solution.detach()
+    step = _newton_step(gradient(solution), factor)
+    step = torch.where(definite.unsqueeze(1), step, 0.0)
     return solution - (step - step.detach())
 
 

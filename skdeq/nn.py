@@ -1,6 +1,5 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
@@ -37,15 +35,16 @@ from skdeq._observations import Observations
 from skdeq._warn import warn
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
-from skdeq.implicit import attach_gradient
+from skdeq.implicit import attach_factored, factored
 
 __all__ = ["EquilibriumLayer"]
 
 _Kinked = TypeVar("_Kinked", Family, CanonicalMap)
 
-# In float32 certificates and gradients of flatter priors than this are false where a row has fewer
-# observed entries than latents: outputs are off by multiples of their size at 1e-7, not at 1e-5.
-_LEAST_ALPHA_OF_SINGLE = 1e-6
+# Least share of a latent's own curvature that the other latents may leave of it, in units of the
+# precision. Where a row has fewer observed entries than latents, and next to no prior, less is
+# left, and in float32 outputs are off by multiples of their size. From this share on by a percent.
+_LEAST_PIVOT = 100.0
 
 # The second where they are made from kernels.
 _LOADINGS_IN_STATE = ("loadings", "parametrizations.loadings.original")
@@ -73,8 +72,9 @@ class EquilibriumLayer(nn.Module):
     loadings, intercept and the inputs. There is no second derivative: a backward pass with
     ``create_graph=True`` raises a RuntimeError. Transforms of ``torch.func`` are not supported.
 
-    It computes in the type of its loadings, float32 or float64, under ``torch.autocast``, too;
-    with `alpha` below 1e-6 in float64, and returns float32.
+    It computes in the type of its loadings, float32 or float64, under ``torch.autocast``, too.
+    Where float32 has too few digits, as of rows with fewer observed entries than latents under a
+    prior that is next to flat, the row counts as not solved.
 
     Parameters
     ----------
@@ -226,7 +226,13 @@ class EquilibriumLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The two buffers may be there in one layer and not in another. What brings no loadings is
         # a part of a state, and says nothing of them.
-        if any(prefix + name in state_dict for name in _LOADINGS_IN_STATE):
+        own = dict(self.named_parameters())
+        given = [name for name in _LOADINGS_IN_STATE if prefix + name in state_dict]
+        fits = all(
+            name not in own or own[name].shape == state_dict[prefix + name].shape for name in given
+        )
+        # What does not fit is for torch to refuse.
+        if given and fits:
             like = self.loadings.detach()
             k = self._layer_sizes()[-1]
             for name, shape in (("rotation", (k, k)), ("exposure_profile", (len(like),))):
@@ -257,17 +263,9 @@ class EquilibriumLayer(nn.Module):
         ConvergenceWarning
             If rows are not solved.
         """
-        if self._is_too_flat():
-            wide = {name: value.double() for name, value in self.named_parameters()}
-            wide |= {name: value.double() for name, value in self.named_buffers()}
-            return functional_call(self, wide, (x, start)).to(self.loadings.dtype)
         latents, result = self._attached(x, start)
         self._warn_if_unsolved(result)
         return latents
-
-    def _is_too_flat(self) -> bool:
-        """Whether the prior alone gives curvatures that are lost in those of float32."""
-        return self.loadings.dtype == torch.float32 and self.alpha < _LEAST_ALPHA_OF_SINGLE
 
     def _attached(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, FixedPointResult]:
         """Latents of rows as :meth:`forward` returns them, and their certificates, unwarned."""
@@ -281,9 +279,9 @@ class EquilibriumLayer(nn.Module):
             result = self._solve(batch, start)
             latents = result.value
             if torch.is_grad_enabled():
-                hessian, beyond = self._hessian(batch, latents)
-                latents = attach_gradient(
-                    latents, lambda z: self._gradient(batch, z, beyond), hessian
+                result, factor, definite, beyond = self._factored(batch, result)
+                latents = attach_factored(
+                    latents, lambda z: self._gradient(batch, z, beyond), factor, definite
                 )
             latents = split_layers(latents, self._upper())[-1]
             if self.rotation is not None:
@@ -301,10 +299,12 @@ class EquilibriumLayer(nn.Module):
         -------
         FixedPointResult
         """
-        if self._is_too_flat():
-            return copy.deepcopy(self).double().certify(x)
+        check_input(x)
         with torch.autocast(x.device.type, enabled=False):
-            result = self._solve(self._batch(x))
+            batch = self._batch(x)
+            result = self._solve(batch)
+            if len(x):
+                result = self._factored(batch, result)[0]
         return replace(result, layer_sizes=self._layer_sizes())
 
     def _layer_sizes(self) -> tuple[int, ...]:
@@ -316,18 +316,17 @@ class EquilibriumLayer(nn.Module):
         if not left:
             return
         domain = self.family.domain
-        if domain.is_real_line or bool(domain.contains(self.intercept.detach()).all()):
-            advice = (
-                f"Increase max_iter={self.max_iter}, lower the learning rate if training made the "
-                "loadings this large"
-            )
-            if result.value.dtype == torch.float32:
-                advice += ", or convert the layer to float64"
-        else:
-            advice = (
-                f"The intercept has left the domain of {self.family.base!r}, {domain}, and no "
-                "latents bring all features back into it: lower the learning rate, or clamp the "
-                "intercept after each step"
+        advice = (
+            f"Increase max_iter={self.max_iter}, lower the learning rate if training made the "
+            "loadings this large"
+        )
+        if result.value.dtype == torch.float32:
+            advice += ", or convert the layer to float64"
+        if not (domain.is_real_line or bool(domain.contains(self.intercept.detach()).all())):
+            advice += (
+                f". The intercept has left the domain of {self.family.base!r}, {domain}: where no "
+                "latents bring all features back into it there is no solution; clamp it after "
+                "each step"
             )
         warn(
             f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
@@ -404,15 +403,16 @@ class EquilibriumLayer(nn.Module):
     def _start_inside(self, start: Tensor | None, n: int) -> Tensor | None:
         """Replace starts outside the domain, as zero is where the intercept has left it."""
         domain, (loadings, intercept, _) = self.family.domain, self._detached()
-        if domain.is_real_line or not self.is_convex or bool(domain.contains(intercept).all()):
+        if domain.is_real_line or bool(domain.contains(intercept).all()):
             return start
         inside = latents_inside(loadings, intercept, domain)
         if inside is None:
             return start
-        inside = inside.expand(n, -1)
+        first = loadings.shape[1]
+        inside = nn.functional.pad(inside, (0, sum(self._layer_sizes()) - first)).expand(n, -1)
         if start is None:
             return inside.clone()
-        is_inside = domain.contains(torch.addmm(intercept, start, loadings.T))
+        is_inside = domain.contains(torch.addmm(intercept, start[:, :first], loadings.T))
         return torch.where(is_inside.all(1, keepdim=True), start, inside)
 
     def _of_no_rows(self) -> FixedPointResult:
@@ -422,6 +422,20 @@ class EquilibriumLayer(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
+    def _factored(
+        self, batch: _Batch, result: FixedPointResult
+    ) -> tuple[FixedPointResult, Tensor, Tensor, Tensor | None]:
+        """Factors of the Hessians at solutions, which are none where these have too few digits."""
+        hessian, beyond = self._hessian(batch, result.value)
+        factor, definite = factored(hessian)
+        pivots = factor.diagonal(dim1=1, dim2=2).square()
+        least = _LEAST_PIVOT * torch.finfo(hessian.dtype).eps
+        told_apart = (pivots >= least * hessian.diagonal(dim1=1, dim2=2)).all(1) & definite
+        converged = result.converged & (
+            told_apart if beyond is None else told_apart & ~beyond[:, 0]
+        )
+        return replace(result, converged=converged), factor, definite, beyond
+
     def _hessian(self, batch: _Batch, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hessians, and the rows (n, 1) without any: zero is beyond the domain, or they overflow.
 
@@ -449,21 +463,25 @@ class EquilibriumLayer(nn.Module):
         predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
         if batch.offset is not None:
             predictor = predictor + batch.offset.unsqueeze(1)
-        if beyond is not None:
-            predictor = torch.where(beyond, self._inside(predictor), predictor)
+        left_out = beyond
+        if batch.observed is not None:
+            missing = batch.observed == 0
+            left_out = missing if beyond is None else missing | beyond
+        if left_out is not None:
+            # Their slopes are not used, but have to be numbers: nothing times infinity is none.
+            predictor = torch.where(left_out, self._inside(predictor), predictor)
         slope = family.energy(predictor, batch.statistic)[1]
         if batch.observed is not None:
-            slope = torch.where(batch.observed == 0, 0.0, slope)
+            slope = torch.where(missing, 0.0, slope)
         gradient = slope @ self.loadings + self.alpha * parts[0]
-        if beyond is not None:
-            gradient = torch.where(beyond, 0.0, gradient)
         if not upper:
-            return gradient
+            return gradient if beyond is None else torch.where(beyond, 0.0, gradient)
         hidden = layer_family(_smooth(self.hidden_map))
         energies = hidden_energies(parts, upper, hidden)
         above = hidden_gradients(parts, upper, hidden, energies)
         above[0] = above[0] + gradient / self.alpha
-        return self.alpha * torch.cat(above, dim=1)
+        joint = self.alpha * torch.cat(above, dim=1)
+        return joint if beyond is None else torch.where(beyond, 0.0, joint)
 
 
 class _Kernels(nn.Module):

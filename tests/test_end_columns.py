@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 from conftest import sample
 
-from skdeq import ExpFamilyDEQ
-from skdeq.families import Binomial, NegativeBinomial, get_family
+from skdeq import DEQClassifier, ExpFamilyDEQ
+from skdeq.families import Binomial, Family, Interval, NegativeBinomial, get_family
 
 # Fits that are cut short on purpose say so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -163,3 +163,92 @@ def test_kernels_keep_their_share():
     X[:50, 5] = 1
     stream.partial_fit(X)
     assert stream.intercept_[5] == pytest.approx(np.log(50 / 250), abs=0.021)
+
+
+@pytest.mark.parametrize("make", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize(("family", "end", "inward"), CASES, ids=str)
+def test_streams_with_weights_and_gaps(family, end, inward, make):
+    rng = np.random.default_rng(0)
+    X = data(family, end)
+    gaps = X.copy()
+    gaps[:, 4] = np.nan
+    stream = ExpFamilyDEQ(2, family=family, random_state=0)
+    total = 0.0
+    for rows in (X, gaps, X, gaps):
+        weight = rng.random(len(rows)) + 1
+        stream.partial_fit(make(rows), sample_weight=weight)
+        total += weight.sum() if rows is X else 0.0
+    law = get_family(family)
+    mean = getattr(law.support, end) + inward * 0.5 / (total + 1)
+    expected = float(law.link(torch.tensor(mean, dtype=torch.float64)))
+    assert stream.intercept_[4] == pytest.approx(expected, rel=1e-10)
+    # Rows without weight say nothing.
+    X[:5, 4] += inward
+    weight = np.r_[np.zeros(5), np.ones(115)]
+    stream.partial_fit(make(X), sample_weight=weight)
+    np.testing.assert_array_equal(stream.loadings_[4], 0)
+
+
+def test_a_late_gene_is_measured_in_units_of_exposure():
+    rng = np.random.default_rng(0)
+    first = rng.poisson(2.0, size=(500, 30)).astype(float)
+    first[:, 4] = 0
+    deep = rng.poisson(20.0, size=(500, 30)).astype(float)
+    stream = ExpFamilyDEQ(1, family="poisson", exposure="total", random_state=0)
+    stream.partial_fit(first).partial_fit(deep)
+    # As many as ten rows of the first batch say what one of the second does.
+    assert stream.intercept_[4] == pytest.approx(np.log(500 * 20 / (500 + 5000)), abs=0.1)
+
+
+def test_restarted_columns_take_steps_as_long_as_the_others():
+    rng = np.random.default_rng(0)
+    X = rng.poisson(1.0, size=(200, 10)).astype(float)
+    X[:, 4] = 0
+    stream = ExpFamilyDEQ(1, family="poisson", random_state=0)
+    for _ in range(60):
+        stream.partial_fit(X)
+    X[:, 4] = rng.poisson(1.0, size=200)
+    stream.partial_fit(X)
+    for _ in range(5):
+        before = stream.intercept_[4]
+        stream.partial_fit(X)
+        # The rate is 0.02 / sqrt(1.6); Adam may take three times that, and took six.
+        assert abs(stream.intercept_[4] - before) < 0.04
+
+
+class Tenths(Family):
+    """Yes or no, in hundredths."""
+
+    name = "tenths"
+    support = Interval(0, 0.01, True, True)
+
+    def log_partition(self, eta):
+        return torch.nn.functional.softplus(0.01 * eta)
+
+    def mean(self, eta):
+        return 0.01 * torch.sigmoid(0.01 * eta)
+
+    def variance(self, eta):
+        return 1e-4 * torch.sigmoid(0.01 * eta) * torch.sigmoid(-0.01 * eta)
+
+    def link(self, mu):
+        return 100 * torch.logit(100 * mu)
+
+    def log_base(self, x):
+        return torch.zeros_like(x)
+
+
+def test_narrow_supports_and_late_fine_tuning():
+    X = 0.01 * data("bernoulli", "low", n=30)
+    model = ExpFamilyDEQ(1, family=Tenths(), weight_decay=1e-6).fit(X)
+    assert model.intercept_[4] == pytest.approx(100 * np.log(0.5 / 30.5), rel=1e-6)
+    assert np.isfinite(model.score(X))
+    X = data("bernoulli", "low")
+    options = {"random_state": 0, "max_iter": 2}
+    tuned = DEQClassifier(ExpFamilyDEQ(2, family="bernoulli"), **options).fit(X, X[:, 0])
+    loadings = tuned.backbone_.loadings_[4].copy()
+    assert np.abs(loadings).max() > 0
+    # What was trained with the others goes on with them.
+    tuned.backbone_.partial_fit(X)
+    assert np.abs(tuned.backbone_.loadings_[4] - loadings).max() < 0.03
+    assert np.abs(tuned.backbone_.loadings_[4]).max() > 0

@@ -695,3 +695,21 @@ def test_equal_scores_of_few_rows_are_told_apart_by_their_loss():
     early = DEQClassifier(ExpFamilyDEQ(4), early_stopping=True, random_state=0)
     # With the score alone, on twelve rows held out, it was below 0.9.
     assert cross_val_score(early, X, y, cv=folds).mean() > 0.93
+
+
+def test_a_warm_start_from_what_is_wrong_goes_on():
+    X, label, number = data("gaussian")
+    other = np.where(label == "low", "high", "low")
+    flipped = classifier("gaussian", warm_start=True, max_iter=60).fit(X, label).fit(X, other)
+    assert flipped.score(X, other) > 0.8
+    smaller = regressor("gaussian", warm_start=True, max_iter=60).fit(X, 10 * number)
+    assert smaller.fit(X, number).score(X, number) > 0.6
+
+
+def test_a_frozen_backbone_stays_what_it_is():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    loadings = backbone.loadings_
+    backbone.set_params(alpha=5.0)
+    frozen = DEQClassifier(FrozenEstimator(backbone), fine_tune=False, max_iter=1).fit(X, label)
+    np.testing.assert_array_equal(frozen.backbone_.loadings_, loadings)

@@ -633,3 +633,19 @@ def test_repeated_places_of_sparse_rows_are_added_up_without_overflow(dtype):
     expected = encoder.transform(np.array([[2.0 * most, 0, 0], [0, 1, 0]]))
     np.testing.assert_allclose(encoder.transform(rows), expected, rtol=1e-6)
     assert rows.nnz == 3  # as it came
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, bool])
+def test_rows_whose_places_are_out_of_order_are_those_in_order(dtype):
+    X = np.random.default_rng(0).integers(0, 2, size=(40, 6)).astype(dtype)
+    ordered = sp.csr_array(X)
+    indices, values = ordered.indices.copy(), ordered.data.copy()
+    for low, high in zip(ordered.indptr[:-1], ordered.indptr[1:], strict=True):
+        indices[low:high], values[low:high] = indices[low:high][::-1], values[low:high][::-1]
+    backward = sp.csr_array((values, indices, ordered.indptr), shape=X.shape)
+    one, two = (
+        ImplicitEMEncoder(4, random_state=0, max_iter=2).fit(rows) for rows in (ordered, backward)
+    )
+    assert one.components_.dtype == two.components_.dtype == np.float32
+    np.testing.assert_array_equal(one.components_, two.components_)
+    one.partial_fit(backward)

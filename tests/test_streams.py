@@ -248,13 +248,21 @@ def test_a_leftover_row_leaves_an_encoder_as_it_was():
     for batch in list(gen_batches(101, 10))[:-1]:
         encoder.partial_fit(X[batch])
     before = encoder.components_.copy()
-    with pytest.warns(UserWarning, match="one row has no variance"):
+    with pytest.warns(UserWarning, match="One row has no variance"):
         encoder.partial_fit(X[100:])
     np.testing.assert_array_equal(encoder.components_, before)
     with pytest.raises(ValueError, match="row 0, column 2"):
         encoder.partial_fit(np.array([[0, 1, np.nan, 0, 0]]))
     with pytest.raises(ValueError, match="minimum of 2"):
         ImplicitEMEncoder(3).partial_fit(X[100:])
+    with pytest.warns(UserWarning, match="One row has no variance"):
+        encoder.partial_fit(X[:2], sample_weight=[1.0, 0.0])
+    np.testing.assert_array_equal(encoder.components_, before)
+    for bad in ({"sample_weight": [-1.0]}, {"sample_weight": [1.0, 3.0]}):
+        with pytest.raises(ValueError, match="sample_weight|Negative|shape"):
+            encoder.partial_fit(X[100:], **bad)
+    with pytest.raises(ValueError, match="float32"):
+        encoder.partial_fit(X[100:].astype(np.float32))
 
 
 def test_an_encoder_does_not_begin_with_rows_that_are_the_same():
