@@ -198,7 +198,8 @@ class ExpFamilyDEQ(
         hidden layers, of the average derivative of the linear predictor in the top latents.
     intercept_ : ndarray of shape (n_features,)
         The intercept b. Of a feature that is at one end of the support wherever it is observed,
-        such as a gene without a count, it is half an observation inside, with loadings of zero.
+        such as a gene without a count, it is half an observation inside, and dense loadings are
+        zero.
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
         (n_features, h_1), with hidden layers.

@@ -60,13 +60,15 @@ _PARAMETERS = """
         Epochs.
 
     tol : float, default=1e-4
-        Least progress of the loss, or of the validation score, that counts as such.
+        Least progress of the loss, or of the validation score, that counts as such; where that
+        score stays the same, of the loss on the rows held out.
 
     n_iter_no_change : int, default=10
         Epochs in a row without progress that end the training.
 
     early_stopping : bool, default=False
-        Whether to hold rows out, watch the score on them and keep the parameters that were best.
+        Whether to hold rows out, watch the score on them and keep the parameters that were best,
+        of equal scores those with the lowest loss there.
 
     validation_fraction : float, default=0.1
         Share of the rows held out then.
