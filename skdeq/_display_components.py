@@ -1,5 +1,6 @@
 """ComponentsDisplay: components as images, or by their largest entries."""
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -221,8 +222,8 @@ class ComponentsDisplay:
                 f"has {len(titles)}."
             )
         for name, count in (("n_top_features", n_top_features), ("n_columns", n_columns)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1; got {count}.")
+            if count is not None and not (isinstance(count, Integral) and count >= 1):
+                raise ValueError(f"{name} must be an integer of at least 1; got {count!r}.")
         self.images_ = self.bars_ = self.colorbar_ = None
         if self.image_shape is None:
             self._plot_bars(ax, components, n_top_features, shared_scale, n_columns, bar_kwargs)

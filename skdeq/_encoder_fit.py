@@ -53,8 +53,13 @@ _LEAST_THREADED = 2**24
 _PATIENCE = 5
 # Batches that the loss before training is taken from.
 _FIRST_BATCHES = 8
-# Loss of an epoch above the best one, as a share of that, which sends the fit back to it.
+# Loss of an epoch above the best one, as a share of that, which sends the fit back to it, unless
+# it has come down from that of the epoch before by this share: with few rows the way from random
+# weights to good ones leads over much higher ones.
 _ASTRAY = 1.0
+_COMING_DOWN = 0.1
+# Steps since the best epoch from which on a fit is sent back to it.
+_LEAST_STEPS = 6
 # Share of a loss that may be rounding.
 _ROUNDING = 1e-6
 
@@ -267,6 +272,8 @@ class EncoderTrainer:
         # The best loss so far, of the random weights at first, the weights that go with it, and
         # after how many epochs they were reached.
         lowest, kept, n_kept = None, self.weights.clone(), 0
+        n_batches = -(-rows.n_rows // options.batch_size)
+        last = torch.inf
         for left in reversed(range(options.max_iter)):
             progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator, device="cpu").to(rows.home)
@@ -276,14 +283,20 @@ class EncoderTrainer:
             trace.loss_curve.append(loss)
             trace.n_iter += 1
             size = max(abs(lowest), 1.0)
+            coming_down = loss < last - _COMING_DOWN * (last - lowest) or last == torch.inf
+            last = loss
             astray = loss - lowest > _ASTRAY * size
             # By more than rounding: the loss of an only batch is that of the weights before.
             lower = loss < lowest - _ROUNDING * size
             # Steps that are too long do not get below where they came from.
-            astray |= not (n_kept or lower) and trace.n_iter >= _PATIENCE and left > 0
+            nowhere = not (n_kept or lower) and trace.n_iter >= _PATIENCE and left > 0
+            astray = (astray or nowhere) and not coming_down
+            astray |= nowhere and trace.n_iter >= options.max_iter // 2
+            # Of few rows an epoch is a step or two, after which nothing can be said.
+            astray &= (trace.n_iter - n_kept) * n_batches >= _LEAST_STEPS
             if astray or self._is_lost(loss):
                 self._set_back(kept, trace, n_kept)
-                best, quiet = torch.inf, 0
+                best, quiet, last = torch.inf, 0, torch.inf
                 if progress.end(loss, lambda: trace):
                     break
                 continue
@@ -298,6 +311,9 @@ class EncoderTrainer:
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
                 self.revive(generator)
+        if trace.undone and n_kept < trace.n_iter:
+            # Where steps were too long once, the last are not the best.
+            self.weights.copy_(kept)
         return trace
 
     def fit_once(self, sample_weight: Tensor | None, trace: EncoderTrace) -> EncoderTrace:

@@ -55,6 +55,10 @@ from skdeq.objectives import (
 
 __all__ = ["ImplicitEMEncoder"]
 
+# Share of the variance of all rows above which one row decides about their scale, where there are
+# enough of them for that to be out of the ordinary.
+_MOST_OF_ONE, _LEAST_ROWS = 0.5, 20
+
 
 class ImplicitEMEncoder(
     CallbackSupportMixin,
@@ -88,8 +92,8 @@ class ImplicitEMEncoder(
 
     activation : {"relu", "softplus", "identity", "abs"} or pair of callables, default="relu"
         phi, elementwise. "abs" is a Mahalanobis distance along one direction. A pair is the
-        function and its derivative, both of a tensor. With "identity" the objective has no lower
-        bound: the distances fall for as long as training lasts.
+        function and its derivative, both of a tensor that they leave as it is. Only with "abs"
+        has the objective a lower bound: see `score`.
 
     lse_weight : float, default=128.0
         Weight of the log-sum-exp term, a mean over rows. The published runs sum it over batches
@@ -111,8 +115,8 @@ class ImplicitEMEncoder(
 
     learning_rate : float, default=0.01
         Step size, for rows of any scale: see Notes. For "adam" 0.001 is a good value. Where
-        it makes the loss run away, or keeps it above that of the random start, epochs are undone
-        and the rest of the fit goes on with a tenth of it.
+        it makes the loss run away upwards, or keeps it above that of the random start, epochs are
+        undone and the rest of the fit goes on with a tenth of it.
 
     momentum : float, default=0.0
         Momentum of "sgd", in [0, 1).
@@ -123,15 +127,16 @@ class ImplicitEMEncoder(
 
     max_iter : int, default=20
         Epochs, a budget and no promise of convergence: features are usually good long before
-        the objective is at rest.
+        the objective is at rest. What counts are steps, some thousands of them: with few rows
+        take more epochs.
 
     tol : float, default=1e-4
         Stop once five epochs in a row have not lowered the objective by this share of its
         magnitude; 0 runs all epochs.
 
     revive_dead : bool, default=False
-        Whether components that hardly vary in an epoch get new random weights before the next.
-        The objective stays the published one; the trajectory does not.
+        Whether components that hardly vary in an epoch of `fit` get new random weights before
+        the next. The objective stays the published one; the trajectory does not.
 
     output : {"activations", "responsibilities"}, default="activations"
         What `transform` returns: the distances d, or ``softmax(-d)``, whose rows sum to one. The
@@ -277,8 +282,9 @@ class ImplicitEMEncoder(
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights; of those with a mean below one only the ratios count. Integer
-            weights equal repeated rows as long as these fit into one minibatch, and on average
-            beyond.
+            weights equal repeated rows as long as these fit into one minibatch. Beyond, they
+            still say how much rows count among each other, but repeated rows make more
+            minibatches, and so more steps.
 
         Returns
         -------
@@ -298,7 +304,7 @@ class ImplicitEMEncoder(
             device = resolve_device(self.device, X)
             rows = to_rows(X, device)
             weight = None if weights is None else to_tensor(weights, rows.device)
-            preconditioner = fit_preconditioner(rows, weight)
+            preconditioner = self._preconditioner(rows, weight)
             shape = (self.n_components, X.shape[1])
             if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
                 start = preconditioner.unfold(
@@ -359,7 +365,7 @@ class ImplicitEMEncoder(
             rows = to_rows(X, device)
             weight = None if weights is None else to_tensor(weights, rows.device)
             if first:
-                preconditioner = fit_preconditioner(rows, weight)
+                preconditioner = self._preconditioner(rows, weight)
                 if not bool(preconditioner.varying.any()):
                     raise ValueError(
                         f"All {X.shape[0]} rows of the first batch are the same, but they settle "
@@ -495,7 +501,10 @@ class ImplicitEMEncoder(
         """Objective with its sign changed, for model selection by cross-validation.
 
         Models with different weights of the terms have different objectives, and their scores
-        say nothing about each other.
+        say nothing about each other. Nor do those of different `solver`, `learning_rate` or
+        `max_iter`: but for ``activation="abs"`` the objective has no lower bound, since weights of
+        any length gain by being longer once every row is at distance zero from a component. What
+        serves comes to light in a pipeline with the estimator that the features are for.
 
         Parameters
         ----------
@@ -524,7 +533,9 @@ class ImplicitEMEncoder(
                 f"{sorted(ACTIVATIONS)} or a pair (function, derivative) of callables; got "
                 f"{self.activation!r}."
             )
-        return PairActivation(*self.activation)
+        activation = PairActivation(*self.activation)
+        activation.check()
+        return activation
 
     def _objective_weights(self) -> ObjectiveWeights:
         return ObjectiveWeights(
@@ -552,11 +563,27 @@ class ImplicitEMEncoder(
                 )
             if len(kept) < X.shape[0]:
                 X, sample_weight = take_rows(X, kept), sample_weight[kept]
+            if bool((sample_weight == 1).all()):
+                return X, None
             # Counts of repeated rows stay as they are; shares get the mean of counts of one.
             mean = sample_weight.mean(dtype=np.float64)
             if mean < 1:
                 sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
         return X, sample_weight
+
+    def _preconditioner(self, rows, weight) -> Preconditioner:
+        """Location and scale of the training rows; warn if one of them decides."""
+        preconditioner = fit_preconditioner(rows, weight)
+        share = preconditioner.its_share
+        if share > _MOST_OF_ONE and rows.shape[0] >= _LEAST_ROWS:
+            warn(
+                f"Row {preconditioner.farthest} of {rows.shape[0]} (those of positive weight) has "
+                f"{100 * share:.0f} % of their variance: to {type(self).__name__} the others are "
+                "next to alike. Leave such rows out, clip them, or transform X (a logarithm of "
+                "amounts).",
+                UserWarning,
+            )
+        return preconditioner
 
     def _trainer(self, rows, device, preconditioner, start, dtype) -> EncoderTrainer:
         options = EncoderOptions(

@@ -50,12 +50,16 @@ class Preconditioner:
         Features that are not the same in all rows.
     constant : float
         The input whose weight is the bias.
+    farthest, its_share : int, float
+        The row farthest from where the first ones are, and its share of all squared distances.
     """
 
     location: Tensor
     scale: float
     varying: Tensor
     constant: float = _SQUARED_CONSTANT**0.5
+    farthest: int = 0
+    its_share: float = 0.0
 
     def fold(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (K, p) and bias (K,), float64, for rows as they came from trained (K, p + 1)."""
@@ -92,6 +96,7 @@ def fit_preconditioner(
     # One array for the sums of all chunks: small ones, allocated between the large temporaries
     # and kept, would keep the allocator from giving the memory of those back.
     sums = shift.new_zeros(2, chunks, p)
+    farthest = shift.new_zeros(2, chunks)
 
     def work(start: int, stop: int) -> None:
         rows = torch.sub(rows_of(start, stop), shift)
@@ -100,8 +105,12 @@ def fit_preconditioner(
             weight = sample_weight[start:stop].double()
         first = weight @ rows
         second = weight @ rows.square_()
+        distance, place = (rows.sum(1) * weight).max(0)
         # Nothing is added unless all of it was computed: a chunk may be tried again in halves.
         sums[:, start // size] += torch.stack([first, second])
+        so_far = farthest[:, start // size]
+        here = torch.stack([distance, (place + start).to(distance)])
+        farthest[:, start // size] = torch.where(distance > so_far[0], here, so_far)
 
     map_chunks(work, n, size, shift.device)
     total = float(n) if sample_weight is None else float(sample_weight.double().sum())
@@ -126,7 +135,10 @@ def fit_preconditioner(
             f"The rows of X have a root mean square distance of {spread**0.5:.1e} from their "
             "mean, too far from one to compute with; rescale X."
         )
-    return Preconditioner(location, scale, ~constant.cpu())
+    at = int(farthest[0].argmax())
+    share = float(farthest[0, at] / sums[1].sum().clamp_min(torch.finfo(torch.float64).tiny))
+    row = int(farthest[1, at])
+    return Preconditioner(location, scale, ~constant.cpu(), farthest=row, its_share=share)
 
 
 class RowBatches:

@@ -169,6 +169,40 @@ class PairActivation(Activation):
     def __repr__(self) -> str:
         return f"PairActivation({self._value!r}, {self._derivative!r})"
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """Try both functions on a few numbers.
+
+        Raises
+        ------
+        ValueError
+            If one does not return finite numbers in the shape and type of what it is given, or
+            changes that.
+        """
+        for name, function in (("function", self._value), ("derivative", self._derivative)):
+            given = torch.tensor([[-1.5, 0.5], [2.0, -0.25], [1.0, 0.125]], device="cpu")
+            kept = given.clone()
+            found = function(given)
+            if not isinstance(found, Tensor):
+                what = f"a {type(found).__name__}"
+            elif found.shape != given.shape or found.dtype != given.dtype:
+                what = f"shape {tuple(found.shape)} and type {found.dtype}"
+            elif not bool(torch.isfinite(found).all()):
+                what = "numbers that are not finite"
+            else:
+                what = ""
+            if what:
+                raise ValueError(
+                    f"The {name} of the activation must return a tensor of finite numbers of the "
+                    "shape and type of its argument, for any real numbers; of shape "
+                    f"{tuple(kept.shape)} and type {kept.dtype} it made {what}."
+                )
+            if not torch.equal(given, kept):
+                raise ValueError(
+                    f"The {name} of the activation changes its argument; it must return a new "
+                    "tensor."
+                )
+
     def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         return self._value(preactivation)

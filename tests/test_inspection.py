@@ -442,8 +442,9 @@ def test_components_refuse_what_they_cannot_show(model):
         ({"component_indices": [0, 3]}, "from 0 to 2"),
         ({"component_indices": []}, "from 0 to 2"),
         ({"feature_names": ["a", "b"]}, "each of the 12 features; it has the shape (2,)"),
-        ({"n_top_features": 0}, "n_top_features must be at least 1; got 0"),
-        ({"n_columns": 0}, "n_columns must be at least 1; got 0"),
+        ({"n_top_features": 0}, "n_top_features must be an integer of at least 1; got 0"),
+        ({"n_top_features": 2.5}, "n_top_features must be an integer of at least 1; got 2.5"),
+        ({"n_columns": 0}, "n_columns must be an integer of at least 1; got 0"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=re.escape(message)):
