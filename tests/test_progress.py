@@ -262,6 +262,8 @@ import signal, threading
 import numpy as np, torch
 from skdeq import DEQClassifier, ExpFamilyDEQ, ImplicitEMEncoder
 
+# Whoever starts the tests in the background may have had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 X = np.random.default_rng(0).poisson(1.0, size=(10_000, 40)).astype(float)
 y = np.arange(len(X)) % 2
 options = {{"max_iter": 100_000, "tol": 0, "verbose": 1}}
