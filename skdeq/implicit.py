@@ -57,7 +57,8 @@ def factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(hessian.detach())
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     definite = info == 0
-    return torch.where(definite.view(-1, 1, 1), factor, identity), definite
+    factor[~definite] = identity
+    return factor, definite
 
 
 def attach_factored(

@@ -449,7 +449,8 @@ class EquilibriumLayer(nn.Module):
         problem = latent_problem(setting, *self._detached())
         rows = torch.arange(len(latents), device=latents.device)
         objective, gradient, hessian, _ = problem.derivatives(latents, rows)
-        parts = (objective.unsqueeze(1), gradient, hessian.flatten(1))
+        # What is no number in a Hessian is none on its diagonal.
+        parts = (objective.unsqueeze(1), gradient, hessian.diagonal(dim1=1, dim2=2))
         beyond = ~torch.cat([torch.isfinite(part) for part in parts], dim=1).all(1, keepdim=True)
         if not bool(beyond.any()):
             return hessian, None
