@@ -67,7 +67,8 @@ class EndColumns:
             entries = some = some[:, torch.tensor(self.columns, device=some.device)]
         at_end = np.zeros(len(self), dtype=bool)
         for end in np.unique(self.ends):
-            at_end[columns_at(some, end)] |= self.ends[columns_at(some, end)] == end
+            there = columns_at(some, end)
+            at_end[there] |= self.ends[there] == end
         values = entries.double().cpu()
         observed = ~torch.isnan(values)
         statistic = torch.where(observed, family.sufficient(values), 0.0)

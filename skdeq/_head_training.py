@@ -122,7 +122,7 @@ class HeadTrainer:
             self._sample_weight = to_tensor(rows.sample_weight).to(**like)
         # Where the rows were at their last visit: a start from which a step or two suffices.
         self._latents = to_tensor(rows.latents).to(**like).clone()
-        self._last_good = [parameter.detach().clone() for parameter in self._parameters]
+        self._last_good = self._copied()
         self.loss_curve: list[float] = []
         self.scores: list[float] = []
         # Steps that left the domain of the family, or the finite numbers, and were taken back.
@@ -226,9 +226,7 @@ class HeadTrainer:
     def _take_back(self) -> None:
         """Undo the last step, and make the following ones half as long."""
         self.taken_back += 1
-        with torch.no_grad():
-            for kept, parameter in zip(self._last_good, self._parameters, strict=True):
-                parameter.copy_(kept)
+        self._put(self._last_good)
         self._latents.nan_to_num_(0.0, 0.0, 0.0)
         self.optimiser.state.clear()
         for group in self.optimiser.param_groups:
@@ -335,12 +333,15 @@ class HeadTrainer:
     def _copied(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
 
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
     def _undo(self, safe: list[Tensor]) -> None:
         """Go back to parameters that were better, and go on with a tenth of the steps."""
         self.undone += 1
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, safe, strict=True):
-                parameter.copy_(value)
+        self._put(safe)
         self.optimiser.state.clear()
         for group in self.optimiser.param_groups:
             group["lr"] *= 0.1
@@ -349,9 +350,7 @@ class HeadTrainer:
         """End the training, with the parameters that were kept if there are such."""
         self._check_last_step()
         if kept is not None:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, kept, strict=True):
-                    parameter.copy_(value)
+            self._put(kept)
 
     def _ended(self, kept: list[Tensor] | None) -> "HeadTrainer":
         """Copy of this trainer whose training has ended here, while that of this one goes on."""
