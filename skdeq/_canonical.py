@@ -317,6 +317,10 @@ class MappedFamily(Family):
         """Return loss, slope and curvature of each entry in zeta."""
         return self.canonical_map.energy(self._base, zeta, statistic, observed=observed)
 
-    def slope_(self, zeta: Tensor, statistic: Tensor) -> Tensor:
+    def slope(self, zeta: Tensor, statistic: Tensor) -> Tensor:
         """Return the slope of `energy`."""
         return self.energy(zeta, statistic)[1]
+
+    def slope_(self, zeta: Tensor, statistic: Tensor) -> Tensor:
+        """Return the slope of `energy`."""
+        return self.slope(zeta, statistic)

@@ -148,8 +148,12 @@ class Family(_EqualByParameters, ABC):
         self, zeta: Tensor, statistic: Tensor, *, observed: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute ``A(zeta) - T zeta`` and its first two derivatives."""
-        gap = self.mean(zeta) - statistic
-        return self.log_partition(zeta) - statistic * zeta, gap, self.variance(zeta)
+        loss = self.log_partition(zeta) - statistic * zeta
+        return loss, self.slope(zeta, statistic), self.variance(zeta)
+
+    def slope(self, zeta: Tensor, statistic: Tensor) -> Tensor:
+        """Return the slope of `energy`."""
+        return self.mean(zeta) - statistic
 
     def slope_(self, zeta: Tensor, statistic: Tensor) -> Tensor:
         """Compute the slope of `energy`, in the memory of `zeta` where that pays."""

@@ -1,13 +1,14 @@
-"""Latents that bring all linear predictors inside the domain of a family, where zero does not."""
+"""Points inside the domain of a family, where zero is not: latents, and linear predictors."""
 
 import numpy as np
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from skdeq._family import Family
 from skdeq._interval import Interval
 
-__all__ = ["latents_inside"]
+__all__ = ["latents_inside", "predictors_inside"]
 
 # Radius of the ball of latents inside the domain that is looked for, in prior units at most.
 _ROOM = 1.0
@@ -46,3 +47,9 @@ def latents_inside(loadings: Tensor, intercept: Tensor, domain: Interval) -> Ten
     latents = torch.tensor(found.x[:-1], device="cpu").to(loadings)
     is_inside = domain.contains(torch.addmv(intercept.detach(), loadings.detach(), latents))
     return latents if bool(is_inside.all()) else None
+
+
+def predictors_inside(family: Family, like: Tensor) -> Tensor:
+    """Linear predictors of this shape well inside the domain of a family."""
+    inside = torch.full_like(like, family.base.domain.inside(), requires_grad=False)
+    return inside if family.is_canonical else family.canonical_map.inverse(inside)

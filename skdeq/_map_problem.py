@@ -394,6 +394,14 @@ class MapProblem:
             self._adapt(rows, size)
         return self._penalised(total, z, rows), self._gradient(slope, z, rows)
 
+    def variance(self, z: Tensor, rows: Tensor) -> Tensor:
+        """A''(eta) times the weights of the entries of each row (m, q), zero in its gaps."""
+        eta = self._predictors(z, rows) @ self._expand
+        variance: Tensor | Any = self.family.statistics_(eta, variance=True)[2]
+        if self._missing is not None:
+            variance = variance.masked_fill(self._of(self._missing, rows), 0)
+        return variance * self._collect[0]
+
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
         """Gradient of each row and nothing else."""
         _, slope, _, _ = self._accumulate(

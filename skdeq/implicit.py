@@ -61,14 +61,29 @@ def factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return factor, definite
 
 
+def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve the systems (n, k, k) with these Cholesky factors for right-hand sides (n, k)."""
+    return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+
+
 def attach_factored(
     solution: Tensor, gradient: Callable[[Tensor], Tensor], factor: Tensor, definite: Tensor
 ) -> Tensor:
     """Do as :func:`attach_gradient` does, with what :func:`factored` returns."""
     solution = solution.detach()
-    step = _newton_step(gradient(solution), factor)
-    step = torch.where(definite.unsqueeze(1), step, 0.0)
-    return solution - (step - step.detach())
+    step = torch.where(definite.unsqueeze(1), _newton_step(gradient(solution), factor), 0.0)
+    return solution - step
+
+
+def attach_solver(
+    solution: Tensor, gradient: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Do as :func:`attach_gradient` does, with Hessians that nothing is done for until backward.
+
+    There ``solve(right)`` is to solve their systems for right-hand sides (n, k).
+    """
+    solution = solution.detach()
+    return solution - _SolveLater.apply(gradient(solution), solve)
 
 
 # Not traced by torch.compile, which would settle once and for all whether a graph is asked for.
@@ -78,22 +93,40 @@ def _newton_step(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 class _Solve(torch.autograd.Function):
-    """Solution of symmetric systems given by their Cholesky factors, derivable once."""
+    """The Newton step from a minimiser, which is zero, with its derivative in the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, right: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
-        return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+        return torch.zeros_like(gradient)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # True in here under create_graph alone. The solution and its Hessian are held constant, so
-        # that the graph that is asked for would be that of another function.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "An equilibrium has no second derivative: create_graph=True asks for one of "
-                "skdeq.implicit.attach_gradient or skdeq.nn.EquilibriumLayer, whose backward "
-                "pass can be taken without create_graph only."
-            )
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        _refuse_second_derivative()
         (factor,) = ctx.saved_tensors
-        return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1), None
+        return solve_factored(factor, outer), None
+
+
+class _SolveLater(torch.autograd.Function):
+    """The same with a function that solves the systems."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve = solve
+        return torch.zeros_like(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        _refuse_second_derivative()
+        return ctx.solve(outer), None
+
+
+def _refuse_second_derivative() -> None:
+    # True in a backward pass under create_graph alone. The solution and its Hessian are held
+    # constant, so that the graph that is asked for would be that of another function.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "An equilibrium has no second derivative: create_graph=True asks for one of "
+            "skdeq.implicit.attach_gradient or skdeq.nn.EquilibriumLayer, whose backward "
+            "pass can be taken without create_graph only."
+        )

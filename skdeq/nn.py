@@ -1,10 +1,10 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -14,15 +14,8 @@ from torch.nn.utils import parametrize
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
 from skdeq._exposure import log_exposure
-from skdeq._hierarchy import (
-    HiddenLayer,
-    hidden_energies,
-    hidden_gradients,
-    layer_family,
-    split_layers,
-)
-from skdeq._inside import latents_inside
-from skdeq._latents import solve_latents, typical_variance
+from skdeq._hierarchy import HiddenLayer, split_layers
+from skdeq._inside import predictors_inside
 from skdeq._layer_checks import (
     check_input,
     check_numbers,
@@ -30,33 +23,15 @@ from skdeq._layer_checks import (
     checked_sizes,
     checked_start,
 )
-from skdeq._model import LatentModel, Setting, latent_problem
-from skdeq._observations import Observations
+from skdeq._layer_equilibrium import Equilibrium
 from skdeq._warn import warn
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
 from skdeq.fixed_point import FixedPointResult
-from skdeq.implicit import attach_factored, factored
 
 __all__ = ["EquilibriumLayer"]
 
-_Kinked = TypeVar("_Kinked", Family, CanonicalMap)
-
-# Least share of a latent's own curvature that the other latents may leave of it, in units of the
-# precision. Where a row has fewer observed entries than latents, and next to no prior, less is
-# left, and in float32 outputs are off by multiples of their size. From this share on by a percent.
-_LEAST_PIVOT = 100.0
-
 # The second where they are made from kernels.
 _LOADINGS_IN_STATE = ("loadings", "parametrizations.loadings.original")
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows as the layer sees them: statistics with zeros in the gaps, and the gaps."""
-
-    statistic: Tensor
-    observed: Tensor | None
-    offset: Tensor | None
 
 
 class EquilibriumLayer(nn.Module):
@@ -196,12 +171,7 @@ class EquilibriumLayer(nn.Module):
             # What was drawn above is a function of the parameters that are there.
             drawn = torch.randn_like(self.loadings) / math.sqrt(len(self.loadings))
             setattr(self, "loadings", drawn)  # noqa: B010 (mypy takes it for the parameter)
-        self.intercept.copy_(self._inside(self.intercept))
-
-    def _inside(self, like: Tensor) -> Tensor:
-        """Predictors well inside the domain of the family."""
-        inside = torch.full_like(like, self.family.base.domain.inside(), requires_grad=False)
-        return inside if self.family.is_canonical else self.family.canonical_map.inverse(inside)
+        self.intercept.copy_(predictors_inside(self.family, self.intercept))
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return loadings and intercept of each layer, from the data to the top."""
@@ -234,7 +204,7 @@ class EquilibriumLayer(nn.Module):
         # What does not fit is for torch to refuse.
         if given and fits:
             like = self.loadings.detach()
-            k = self._layer_sizes()[-1]
+            k = self.pairs()[-1][0].shape[1]
             for name, shape in (("rotation", (k, k)), ("exposure_profile", (len(like),))):
                 value = state_dict.get(prefix + name)
                 if value is None or value.shape == shape:
@@ -272,18 +242,14 @@ class EquilibriumLayer(nn.Module):
         check_input(x)
         # In fewer digits than the loadings have, the residuals that certify would be false.
         with torch.autocast(x.device.type, enabled=False):
-            batch = self._batch(x)
+            equilibrium = self._equilibrium(x)
             if start is not None:
-                shape = (len(x), sum(self._layer_sizes()))
-                start = checked_start(start, shape, self.loadings)
-            result = self._solve(batch, start)
+                start = checked_start(start, (len(x), sum(equilibrium.sizes)), self.loadings)
+            result = self._solved(equilibrium, start)
             latents = result.value
             if torch.is_grad_enabled():
-                result, factor, definite, beyond = self._factored(batch, result)
-                latents = attach_factored(
-                    latents, lambda z: self._gradient(batch, z, beyond), factor, definite
-                )
-            latents = split_layers(latents, self._upper())[-1]
+                result, latents = equilibrium.differentiable(result, self.tol)
+            latents = split_layers(latents, equilibrium.upper)[-1]
             if self.rotation is not None:
                 latents = latents @ self.rotation
         return latents, result
@@ -301,14 +267,45 @@ class EquilibriumLayer(nn.Module):
         """
         check_input(x)
         with torch.autocast(x.device.type, enabled=False):
-            batch = self._batch(x)
-            result = self._solve(batch)
-            if len(x):
-                result = self._factored(batch, result)[0]
-        return replace(result, layer_sizes=self._layer_sizes())
+            equilibrium = self._equilibrium(x)
+            result = equilibrium.certified(self._solved(equilibrium))
+        return replace(result, layer_sizes=equilibrium.sizes)
 
-    def _layer_sizes(self) -> tuple[int, ...]:
-        return tuple(loadings.shape[1] for loadings, _ in self.pairs())
+    def _solved(self, equilibrium: Equilibrium, start: Tensor | None = None) -> FixedPointResult:
+        return equilibrium.solve(
+            start, method=self.fixed_point, tol=self.tol, max_iter=self.max_iter
+        )
+
+    def _equilibrium(self, x: Tensor) -> Equilibrium:
+        """Equations of some rows."""
+        (loadings, intercept), *above = self.pairs()
+        check_type(loadings.dtype)
+        if x.dim() != 2 or x.shape[1] != len(intercept):
+            raise ValueError(f"x must have shape (n, {len(intercept)}); got {tuple(x.shape)}.")
+        x = x.to(loadings.dtype)
+        profile, offset = self.exposure_profile, None
+        is_missing = torch.isnan(x)
+        gaps = bool(is_missing.any())
+        # One is in every support.
+        statistic = self.family.sufficient(torch.where(is_missing, 1.0, x) if gaps else x)
+        if gaps:
+            statistic = torch.where(is_missing, 0.0, statistic)
+        if profile is not None:
+            total = torch.where(is_missing, 0.0, x).sum(1)
+            expected = torch.where(is_missing, 0.0, profile).sum(1)
+            offset = log_exposure(total, expected, profile.sum())
+        upper = tuple(HiddenLayer(*pair) for pair in above)
+        return Equilibrium(
+            self.family,
+            self.hidden_map,
+            self.alpha,
+            statistic,
+            is_missing if gaps else None,
+            offset,
+            loadings,
+            intercept,
+            upper,
+        )
 
     @torch.compiler.disable
     def _warn_if_unsolved(self, result: FixedPointResult) -> None:
@@ -336,154 +333,6 @@ class EquilibriumLayer(nn.Module):
             ConvergenceWarning,
         )
 
-    def _upper(self) -> tuple[HiddenLayer, ...]:
-        return tuple(HiddenLayer(*pair) for pair in self.pairs()[1:])
-
-    def _detached(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
-        pairs = [(loadings.detach(), intercept.detach()) for loadings, intercept in self.pairs()]
-        return *pairs[0], tuple(HiddenLayer(*pair) for pair in pairs[1:])
-
-    def _batch(self, x: Tensor) -> _Batch:
-        dtype, n_features = self.loadings.dtype, len(self.intercept)
-        check_type(dtype)
-        if x.dim() != 2 or x.shape[1] != n_features:
-            raise ValueError(f"x must have shape (n, {n_features}); got {tuple(x.shape)}.")
-        x = x.to(dtype)
-        missing = torch.isnan(x)
-        gaps = bool(missing.any())
-        filled = torch.where(missing, torch.ones_like(x), x) if gaps else x
-        statistic = self.family.sufficient(filled)
-        if gaps:
-            statistic = torch.where(missing, 0.0, statistic)
-        observed = (~missing).to(x.dtype) if gaps else None
-        offset = None
-        if self.exposure_profile is not None:
-            profile = self.exposure_profile
-            expected = profile.sum() if observed is None else observed @ profile
-            total = torch.where(missing, 0.0, x).sum(1)
-            offset = log_exposure(total, expected, profile.sum())
-        return _Batch(statistic, observed, offset)
-
-    def _setting(self, batch: _Batch) -> Setting:
-        gaps = None if batch.observed is None else batch.observed == 0
-        return Setting(
-            family=self.family,
-            observations=Observations(batch.statistic.detach(), gaps),
-            alpha=self.alpha,
-            weight_decay=0.0,
-            row_offset=None if batch.offset is None else batch.offset.detach(),
-            hidden_map=self.hidden_map,
-        )
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _solve(self, batch: _Batch, start: Tensor | None = None) -> FixedPointResult:
-        if not len(batch.statistic):
-            return self._of_no_rows()
-        setting, (loadings, intercept, upper) = self._setting(batch), self._detached()
-        curvature = None
-        start = self._start_inside(start, len(batch.statistic))
-        if start is not None and self.is_convex:
-            # A closer guide than the bound of the variance that it stands for.
-            model = LatentModel(loadings, intercept, start)
-            curvature = partial(typical_variance, setting, model, "rows")
-        return solve_latents(
-            setting,
-            loadings,
-            intercept,
-            upper,
-            method=self.fixed_point,
-            tol=self.tol,
-            max_iter=self.max_iter,
-            curvature=curvature,
-            start=start,
-            check_start=True,
-        )
-
-    def _start_inside(self, start: Tensor | None, n: int) -> Tensor | None:
-        """Replace starts outside the domain, as zero is where the intercept has left it."""
-        domain, (loadings, intercept, _) = self.family.domain, self._detached()
-        if domain.is_real_line or bool(domain.contains(intercept).all()):
-            return start
-        inside = latents_inside(loadings, intercept, domain)
-        if inside is None:
-            return start
-        first = loadings.shape[1]
-        inside = nn.functional.pad(inside, (0, sum(self._layer_sizes()) - first)).expand(n, -1)
-        if start is None:
-            return inside.clone()
-        is_inside = domain.contains(torch.addmm(intercept, start[:, :first], loadings.T))
-        return torch.where(is_inside.all(1, keepdim=True), start, inside)
-
-    def _of_no_rows(self) -> FixedPointResult:
-        nothing = self.loadings.new_zeros(0)
-        latents = nothing.view(0, sum(self._layer_sizes()))
-        return FixedPointResult(latents, nothing, nothing.bool(), nothing.long())
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _factored(
-        self, batch: _Batch, result: FixedPointResult
-    ) -> tuple[FixedPointResult, Tensor, Tensor, Tensor | None]:
-        """Factors of the Hessians at solutions, which are none where these have too few digits."""
-        hessian, beyond = self._hessian(batch, result.value)
-        factor, definite = factored(hessian)
-        pivots = factor.diagonal(dim1=1, dim2=2).square()
-        least = _LEAST_PIVOT * torch.finfo(hessian.dtype).eps
-        told_apart = (pivots >= least * hessian.diagonal(dim1=1, dim2=2)).all(1) & definite
-        converged = result.converged & (
-            told_apart if beyond is None else told_apart & ~beyond[:, 0]
-        )
-        return replace(result, converged=converged), factor, definite, beyond
-
-    def _hessian(self, batch: _Batch, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hessians, and the rows (n, 1) without any: zero is beyond the domain, or they overflow.
-
-        Those are not solved. A gradient of zero keeps them from spoiling that of the others.
-        """
-        if not len(latents):
-            return latents.new_zeros(0, latents.shape[1], latents.shape[1]), None
-        setting = replace(
-            self._setting(batch), family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
-        )
-        problem = latent_problem(setting, *self._detached())
-        rows = torch.arange(len(latents), device=latents.device)
-        objective, gradient, hessian, _ = problem.derivatives(latents, rows)
-        # What is no number in a Hessian is none on its diagonal.
-        parts = (objective.unsqueeze(1), gradient, hessian.diagonal(dim1=1, dim2=2))
-        beyond = ~torch.cat([torch.isfinite(part) for part in parts], dim=1).all(1, keepdim=True)
-        if not bool(beyond.any()):
-            return hessian, None
-        identity = torch.eye(latents.shape[1], dtype=hessian.dtype, device=hessian.device)
-        return torch.where(beyond.unsqueeze(2), identity, hessian), beyond
-
-    def _gradient(self, batch: _Batch, latents: Tensor, beyond: Tensor | None) -> Tensor:
-        """Gradient of the energy in the latents, differentiable in all else."""
-        family, upper = _smooth(self.family), self._upper()
-        parts = split_layers(latents, upper)
-        predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
-        if batch.offset is not None:
-            predictor = predictor + batch.offset.unsqueeze(1)
-        left_out = beyond
-        if batch.observed is not None:
-            missing = batch.observed == 0
-            left_out = missing if beyond is None else missing | beyond
-        if left_out is not None:
-            # Their slopes are not used, but have to be numbers: nothing times infinity is none.
-            predictor = torch.where(left_out, self._inside(predictor), predictor)
-        slope = family.energy(predictor, batch.statistic)[1]
-        if batch.observed is not None:
-            slope = torch.where(missing, 0.0, slope)
-        gradient = slope @ self.loadings + self.alpha * parts[0]
-        if not upper:
-            return gradient if beyond is None else torch.where(beyond, 0.0, gradient)
-        hidden = layer_family(_smooth(self.hidden_map))
-        energies = hidden_energies(parts, upper, hidden)
-        above = hidden_gradients(parts, upper, hidden, energies)
-        above[0] = above[0] + gradient / self.alpha
-        joint = self.alpha * torch.cat(above, dim=1)
-        return joint if beyond is None else torch.where(beyond, 0.0, joint)
-
 
 class _Kernels(nn.Module):
     """Loadings as a function of the kernels that they are made from."""
@@ -502,8 +351,3 @@ class _Kernels(nn.Module):
 def tie_to_kernels(layer: EquilibriumLayer, convolution: Convolution) -> None:
     """Make the loadings of a layer those of a convolution, with its kernels as parameter."""
     parametrize.register_parametrization(layer, "loadings", _Kernels(convolution))
-
-
-def _smooth(kinked: _Kinked) -> _Kinked:
-    """Return the family or map whose stationary points the solver finds."""
-    return kinked.smoothed(kinked.widths[-1]) if kinked.widths else kinked

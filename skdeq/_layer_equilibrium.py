@@ -1,0 +1,253 @@
+"""The equilibrium of one batch of rows in a layer: its solution, certificates and derivatives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from skdeq._family import CanonicalMap, Family
+from skdeq._fixed_point_problem import FixedPointResult
+from skdeq._hessian_systems import solve_hessians
+from skdeq._hierarchy import (
+    HiddenLayer,
+    hidden_energies,
+    hidden_gradients,
+    layer_family,
+    split_layers,
+)
+from skdeq._inside import latents_inside, predictors_inside
+from skdeq._latents import solve_latents, typical_variance
+from skdeq._model import LatentModel, Setting, latent_problem, row_problem
+from skdeq._observations import Observations
+from skdeq.implicit import attach_factored, attach_solver, factored
+
+__all__ = ["Equilibrium"]
+
+_Kinked = TypeVar("_Kinked", Family, CanonicalMap)
+
+# Least share of a latent's own curvature that the other latents may leave of it, in units of the
+# precision. Where a row has fewer observed entries than latents, and next to no prior, less is
+# left, and in float32 outputs are off by multiples of their size. From this share on by a percent.
+_LEAST_PIVOT = 100.0
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Equations of the latents of some rows under the parameters of a layer.
+
+    Attributes
+    ----------
+    family : Family
+    hidden_map : CanonicalMap
+    alpha : float
+    statistic : Tensor of shape (n, p)
+        T(x), zero in the gaps.
+    missing : Tensor of shape (n, p), bool, or None
+        Where the gaps are, if there are any.
+    offset : Tensor of shape (n,) or None
+    loadings : Tensor of shape (p, h)
+    intercept : Tensor of shape (p,)
+    upper : tuple of HiddenLayer
+        Layers above the first.
+    """
+
+    family: Family
+    hidden_map: CanonicalMap
+    alpha: float
+    statistic: Tensor
+    missing: Tensor | None
+    offset: Tensor | None
+    loadings: Tensor
+    intercept: Tensor
+    upper: tuple[HiddenLayer, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of latents of the layers, from the data to the top."""
+        above = (layer.loadings.shape[1] for layer in self.upper)
+        return self.loadings.shape[1], *above
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the latents of a row are the one solution of a convex problem."""
+        return self.family.is_canonical and not self.upper
+
+    @cached_property
+    def _setting(self) -> Setting:
+        return Setting(
+            family=self.family,
+            observations=Observations(self.statistic.detach(), self.missing),
+            alpha=self.alpha,
+            weight_decay=0.0,
+            row_offset=None if self.offset is None else self.offset.detach(),
+            hidden_map=self.hidden_map,
+        )
+
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
+        """Loadings, intercept and the layers above, without gradients."""
+        upper = (HiddenLayer(one.loadings.detach(), one.intercept.detach()) for one in self.upper)
+        return self.loadings.detach(), self.intercept.detach(), tuple(upper)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def solve(
+        self, start: Tensor | None, *, method: str, tol: float, max_iter: int
+    ) -> FixedPointResult:
+        """Solve for the latents of all layers, from starts (n, r) or from zero."""
+        if not len(self.statistic):
+            return self._of_no_rows()
+        loadings, intercept, upper = self._constants
+        curvature = None
+        start = self._start_inside(start)
+        if start is not None and self.is_convex:
+            # A closer guide than the bound of the variance that it stands for.
+            model = LatentModel(loadings, intercept, start)
+            curvature = partial(typical_variance, self._setting, model, "rows")
+        return solve_latents(
+            self._setting,
+            loadings,
+            intercept,
+            upper,
+            method=method,
+            tol=tol,
+            max_iter=max_iter,
+            curvature=curvature,
+            start=start,
+            check_start=True,
+        )
+
+    def _of_no_rows(self) -> FixedPointResult:
+        nothing = self.loadings.detach().new_zeros(0)
+        latents = nothing.view(0, sum(self.sizes))
+        return FixedPointResult(latents, nothing, nothing.bool(), nothing.long())
+
+    def _start_inside(self, start: Tensor | None) -> Tensor | None:
+        """Replace starts outside the domain, as zero is where the intercept has left it."""
+        domain, (loadings, intercept, _) = self.family.domain, self._constants
+        if domain.is_real_line or bool(domain.contains(intercept).all()):
+            return start
+        inside = latents_inside(loadings, intercept, domain)
+        if inside is None:
+            return start
+        inside = nn.functional.pad(inside, (0, sum(self.sizes[1:])))
+        inside = inside.expand(len(self.statistic), -1)
+        if start is None:
+            return inside.clone()
+        is_inside = domain.contains(torch.addmm(intercept, start[:, : self.sizes[0]], loadings.T))
+        return torch.where(is_inside.all(1, keepdim=True), start, inside)
+
+    def certified(self, result: FixedPointResult) -> FixedPointResult:
+        """Withdraw the certificates of rows whose Hessians have too few digits."""
+        return result if self._is_well_conditioned(result) else self._factored(result)[0]
+
+    def differentiable(
+        self, result: FixedPointResult, tol: float
+    ) -> tuple[FixedPointResult, Tensor]:
+        """Return what `certified` does, and the solutions with their derivatives."""
+        if self._is_well_conditioned(result):
+            gradient = partial(self._gradient, beyond=None)
+            solve = self.solver_of_systems(result.value, tol)
+            return result, attach_solver(result.value, gradient, solve)
+        result, factor, definite, beyond = self._factored(result)
+        gradient = partial(self._gradient, beyond=beyond)
+        return result, attach_factored(result.value, gradient, factor, definite)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _is_well_conditioned(self, result: FixedPointResult) -> bool:
+        """Whether bounds alone say that each row is solved, and its Hessian has digits enough.
+
+        There is then no need of one before the backward pass.
+        """
+        bound = self.family.variance_bound
+        if bound is None or not self.is_convex:
+            return False
+        most = self.alpha + bound * self.loadings.square().sum(0).amax()
+        least = _LEAST_PIVOT * torch.finfo(most.dtype).eps * most
+        return bool((least <= self.alpha) & result.converged.all())
+
+    def solver_of_systems(self, latents: Tensor, tol: float) -> Callable[[Tensor], Tensor]:
+        """Return a function that solves systems with the Hessians at latents, to ``tol``."""
+        setting, (loadings, intercept, _) = self._setting, self._constants
+
+        def solve(right: Tensor) -> Tensor:
+            if not len(right):
+                return right
+            # A backward pass may be asked for under autocast, too.
+            with torch.autocast(right.device.type, enabled=False):
+                problem = row_problem(setting, loadings, intercept)
+                return solve_hessians(problem, latents, right, tol)
+
+        return solve
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _factored(
+        self, result: FixedPointResult
+    ) -> tuple[FixedPointResult, Tensor, Tensor, Tensor | None]:
+        """Factors of the Hessians at solutions, which are none where these have too few digits."""
+        hessian, beyond = self._hessian(result.value)
+        factor, definite = factored(hessian)
+        pivots = factor.diagonal(dim1=1, dim2=2).square()
+        least = _LEAST_PIVOT * torch.finfo(hessian.dtype).eps
+        told_apart = (pivots >= least * hessian.diagonal(dim1=1, dim2=2)).all(1) & definite
+        converged = result.converged & (
+            told_apart if beyond is None else told_apart & ~beyond[:, 0]
+        )
+        return replace(result, converged=converged), factor, definite, beyond
+
+    def _hessian(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hessians, and the rows (n, 1) without any: zero is beyond the domain, or they overflow.
+
+        Those are not solved. A gradient of zero keeps them from spoiling that of the others.
+        """
+        if not len(latents):
+            return latents.new_zeros(0, latents.shape[1], latents.shape[1]), None
+        setting = replace(
+            self._setting, family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
+        )
+        problem = latent_problem(setting, *self._constants)
+        rows = torch.arange(len(latents), device=latents.device)
+        objective, gradient, hessian, _ = problem.derivatives(latents, rows)
+        # What is no number in a Hessian is none on its diagonal.
+        parts = (objective.unsqueeze(1), gradient, hessian.diagonal(dim1=1, dim2=2))
+        beyond = ~torch.cat([torch.isfinite(part) for part in parts], dim=1).all(1, keepdim=True)
+        if not bool(beyond.any()):
+            return hessian, None
+        identity = torch.eye(latents.shape[1], dtype=hessian.dtype, device=hessian.device)
+        return torch.where(beyond.unsqueeze(2), identity, hessian), beyond
+
+    def _gradient(self, latents: Tensor, beyond: Tensor | None) -> Tensor:
+        """Gradient of the energy in the latents, differentiable in all else."""
+        family, upper = _smooth(self.family), self.upper
+        parts = split_layers(latents, upper)
+        predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
+        if self.offset is not None:
+            predictor = predictor + self.offset.unsqueeze(1)
+        missing, left_out = self.missing, beyond
+        if missing is not None:
+            left_out = missing if beyond is None else missing | beyond
+        if left_out is not None:
+            # Their slopes are not used, but have to be numbers: nothing times infinity is none.
+            predictor = torch.where(left_out, predictors_inside(self.family, predictor), predictor)
+        slope = family.slope(predictor, self.statistic)
+        if missing is not None:
+            slope = torch.where(missing, 0.0, slope)
+        gradient = slope @ self.loadings + self.alpha * parts[0]
+        if not upper:
+            return gradient if beyond is None else torch.where(beyond, 0.0, gradient)
+        hidden = layer_family(_smooth(self.hidden_map))
+        energies = hidden_energies(parts, upper, hidden)
+        above = hidden_gradients(parts, upper, hidden, energies)
+        above[0] = above[0] + gradient / self.alpha
+        joint = self.alpha * torch.cat(above, dim=1)
+        return joint if beyond is None else torch.where(beyond, 0.0, joint)
+
+
+def _smooth(kinked: _Kinked) -> _Kinked:
+    """Return the family or map whose stationary points the solver finds."""
+    return kinked.smoothed(kinked.widths[-1]) if kinked.widths else kinked
