@@ -199,7 +199,10 @@ class Family(_EqualByParameters, ABC):
         # Counted from the end of a half-line where that leaves 40 or -40 outside the domain.
         low = min(0.0, self.domain.high) - _AS_GOOD_AS_INFINITE
         high = max(0.0, self.domain.low) + _AS_GOOD_AS_INFINITE
-        return torch.nan_to_num(eta, nan=math.nan, neginf=low, posinf=high)
+        eta = torch.nan_to_num(eta, nan=math.nan, neginf=low, posinf=high)
+        # A link that is inverted numerically may end where the formula of the mean overflows.
+        at_an_end = (x <= self.support.low) | (x >= self.support.high)
+        return torch.where(at_an_end, eta.clamp(low, high), eta)
 
     def deviance(self, x: Tensor, eta: Tensor) -> Tensor:
         """Return ``2 (log p(x | saturated(x)) - log p(x | eta))``, never negative."""

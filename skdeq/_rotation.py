@@ -186,8 +186,9 @@ def explained_deviance(
     nodes, shares = _quadrature(largest)
     total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
     null, residual, parts = float(total[0]), float(total[1]), total[2:]
-    explained = 1 - residual / null if null > 0 else 0.0
-    removed = float(parts.sum()) / null if null > 0 else 0.0
+    # What is no number is not nothing.
+    explained = 0.0 if null <= 0 else 1 - residual / null
+    removed = 0.0 if null <= 0 else float(parts.sum()) / null
     if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
         return torch.zeros(k, dtype=torch.float64, device="cpu"), removed, largest
     if not 0 < removed < torch.inf:

@@ -9,6 +9,7 @@ import torch
 from scipy import integrate, stats
 from sklearn.metrics import log_loss, mean_gamma_deviance, mean_poisson_deviance
 
+from skdeq import ExpFamilyDEQ
 from skdeq._canonical import through
 from skdeq.families import (
     CANONICAL_MAPS,
@@ -496,6 +497,41 @@ def test_saturated_is_finite_at_the_ends_of_the_support(family, dtype):
         )
     if family.domain.high == 0:
         assert (family.deviance(x, torch.tensor([0.0, 1.0], dtype=dtype)) == math.inf).all()
+
+
+class Stars(Family):
+    """A user's family on the numbers 0 to 4, whose mean overflows far out."""
+
+    name = "stars"
+    support = Interval(0, 4, True, True)
+
+    def _shares(self, eta):
+        return torch.softmax(eta[..., None] * torch.arange(5.0).to(eta), -1)
+
+    def log_partition(self, eta):
+        return torch.logsumexp(eta[..., None] * torch.arange(5.0).to(eta), -1)
+
+    def mean(self, eta):
+        return self._shares(eta) @ torch.arange(5.0).to(eta)
+
+    def variance(self, eta):
+        gap = torch.arange(5.0).to(eta) - self.mean(eta)[..., None]
+        return (self._shares(eta) * gap**2).sum(-1)
+
+    def log_base(self, x):
+        return torch.zeros_like(x)
+
+
+def test_a_mean_that_overflows_leaves_deviances_and_scores_alone():
+    ends = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    assert Stars().saturated(ends).tolist() == [-40, 40]
+    rng = np.random.default_rng(0)
+    eta = rng.normal(size=(120, 2)) @ rng.normal(size=(2, 15))
+    shares = Stars()._shares(torch.from_numpy(eta)).numpy()
+    X = (rng.random((120, 15, 1)) > shares.cumsum(-1)).sum(-1).astype(float)
+    model = ExpFamilyDEQ(2, family=Stars(), random_state=0).fit(X)
+    assert 0.2 < model.explained_deviance_ratio_.sum() < 1
+    assert np.linalg.matrix_rank(model.transform(X)) == 2
 
 
 def test_saturated_stays_inside_the_domain():
