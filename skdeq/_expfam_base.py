@@ -149,10 +149,10 @@ class LatentVariableEstimator(FittedLatents):
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
         store(self, (model, trace))
-        self._warn_of_fit(stopped=progress.stopped)
+        self._warn_of_fit(setting.family, stopped=progress.stopped)
         return setting, model
 
-    def _warn_of_fit(self, *, stopped: bool) -> None:
+    def _warn_of_fit(self, family: Family, *, stopped: bool) -> None:
         """Warn, once, of a fit that is not what was asked for."""
         name = type(self).__name__
         penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
@@ -166,8 +166,11 @@ class LatentVariableEstimator(FittedLatents):
             what = (
                 f"All {self.n_components} components of {name} are zero: the penalties "
                 f"{penalties} outweigh all that the rows tell. Lower weight_decay, or check that "
-                "the rows differ."
+                "the rows differ"
             )
+            if family.base.self_concordance == 0:
+                what += "; the family has variance one, so that X may have to be scaled to more"
+            what += "."
         elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
             what = (
                 f"The components of {name} explain less than none: the deviance is larger than "

@@ -144,8 +144,8 @@ class ExpFamilyDEQ(
 
     solver : {"auto", "scoring", "adam"}, default="auto"
         "scoring" is alternating Fisher scoring over rows and columns: deterministic, all rows
-        at once, for one layer; "adam" goes through minibatches. "auto" is "scoring" for one
-        layer and "adam" with hidden layers.
+        at once, for one layer of dense loadings; "adam" goes through minibatches. "auto" is
+        "scoring" where that can be, "adam" elsewhere.
 
     max_iter : int, default=100
         Iterations of "scoring", epochs of "adam".
@@ -222,8 +222,9 @@ class ExpFamilyDEQ(
         Iterations run. Where the variance has no bound (Poisson, negative binomial, gamma) two
         starts are first compared by four iterations each, which are not counted.
     converged_ : bool
-        Whether `tol` was met within `max_iter` iterations; after `partial_fit` false, as a stream
-        has no end. Of single rows `map_latents` tells.
+        Whether `tol` was met within `max_iter` iterations. After the first batch of `partial_fit`
+        it is that of its fit, from the second on false, as a stream has no end. Of single rows
+        `map_latents` tells.
     n_features_in_ : int
         Number of features seen during fit.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -266,7 +267,7 @@ class ExpFamilyDEQ(
         "stride": [Interval(Integral, 1, None, closed="left")],
         "alpha": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "exposure": [StrOptions({"total"}), None],
+        "exposure": "no_validation",
         "whiten": ["boolean"],
         "solver": [StrOptions({"auto", "scoring", "adam"})],
         "max_iter": [Interval(Integral, 1, None, closed="left")],

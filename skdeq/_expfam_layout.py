@@ -90,6 +90,14 @@ class LatentLayout(BaseEstimator):
     def _family(self) -> Family:
         canonical_map = get_canonical_map(self.canonical_map)
         family = through(get_family(self.family), canonical_map)
+        if not (self.exposure is None or isinstance(self.exposure, str)):
+            raise TypeError(
+                f"exposure must be 'total' or None; got an object of type "
+                f"{type(self.exposure).__name__}. Exposures that were measured cannot be given: "
+                "'total' estimates those of rows from their totals."
+            )
+        if self.exposure not in (None, "total"):
+            raise ValueError(f"exposure must be 'total' or None; got {self.exposure!r}.")
         if self.exposure is not None and not family.scales_with_exposure:
             detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
             raise ValueError(

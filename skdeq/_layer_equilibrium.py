@@ -92,7 +92,6 @@ class Equilibrium:
         upper = (HiddenLayer(one.loadings.detach(), one.intercept.detach()) for one in self.upper)
         return self.loadings.detach(), self.intercept.detach(), tuple(upper)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def solve(
         self, start: Tensor | None, *, method: str, tol: float, max_iter: int
@@ -156,7 +155,6 @@ class Equilibrium:
         gradient = partial(self._gradient, beyond=beyond)
         return result, attach_factored(result.value, gradient, factor, definite)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _is_well_conditioned(self, result: FixedPointResult) -> bool:
         """Whether bounds alone say that each row is solved, and its Hessian has digits enough.
@@ -184,7 +182,6 @@ class Equilibrium:
 
         return solve
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _factored(
         self, result: FixedPointResult

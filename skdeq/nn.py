@@ -211,6 +211,9 @@ class EquilibriumLayer(nn.Module):
                     setattr(self, name, None if value is None else like.new_empty(shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    # The steps of the solver depend on the data: each look at them would break a traced graph,
+    # with a warning.
+    @torch.compiler.disable
     def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """Latents of rows.
 
@@ -254,6 +257,7 @@ class EquilibriumLayer(nn.Module):
                 latents = latents @ self.rotation
         return latents, result
 
+    @torch.compiler.disable
     def certify(self, x: Tensor) -> FixedPointResult:
         """Latents of rows with their certificates of convergence, without gradients.
 
@@ -307,7 +311,6 @@ class EquilibriumLayer(nn.Module):
             upper,
         )
 
-    @torch.compiler.disable
     def _warn_if_unsolved(self, result: FixedPointResult) -> None:
         left = int((~result.converged).sum())
         if not left:

@@ -716,6 +716,18 @@ class TestBadInput:
     def test_exposure_of_a_family_without_one(self):
         with pytest.raises(ValueError, match="exposure='total' needs a family"):
             ExpFamilyDEQ(family="bernoulli", exposure="total").fit(sample("bernoulli"))
+        X = sample("poisson")
+        with pytest.raises(ValueError, match="must be 'total' or None; got 'totals'"):
+            ExpFamilyDEQ(family="poisson", exposure="totals").fit(X)
+        with pytest.raises(TypeError, match="an object of type ndarray. Exposures that were meas"):
+            ExpFamilyDEQ(family="poisson", exposure=X.sum(1)).fit(X)
+
+    def test_gaussian_data_of_next_to_no_spread_are_to_be_scaled(self):
+        X = 0.01 * sample("gaussian")
+        with pytest.warns(
+            ConvergenceWarning, match=r"are zero.* X may have to be scaled to more\."
+        ):
+            ExpFamilyDEQ(2).fit(X)
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_values_that_overflow(self, dtype):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -316,14 +317,16 @@ def test_the_state_of_a_convolution_decides_about_the_rotation(whiten):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_layer_gives_the_same_result(backend):
+def test_compiled_network_gives_the_same_result_without_a_word(backend, caplog):
     module, x, _ = layer("poisson")
-    # The solver stays outside the graph; what surrounds it is traced.
-    compiled = torch.compile(module, backend=backend)
-    np.testing.assert_allclose(compiled(x).detach(), module(x).detach(), atol=1e-12)
-    (expected,) = torch.autograd.grad(module(x).sum(), module.loadings)
+    network = nn.Sequential(nn.Softplus(), module, nn.Linear(2, 3, dtype=x.dtype), nn.Tanh())
+    # The layer stays outside the graph; what surrounds it is traced.
+    compiled = torch.compile(network, backend=backend)
+    np.testing.assert_allclose(compiled(x).detach(), network(x).detach(), atol=1e-12)
+    (expected,) = torch.autograd.grad(network(x).sum(), module.loadings)
     compiled(x).sum().backward()
     np.testing.assert_allclose(module.loadings.grad, expected, atol=1e-12)
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
