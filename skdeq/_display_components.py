@@ -1,5 +1,7 @@
 """ComponentsDisplay: components as images, or by their largest entries."""
 
+from __future__ import annotations
+
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
@@ -110,7 +112,7 @@ class ComponentsDisplay:
         n_top_features: int = 10,
         shared_scale: bool = True,
         n_columns: int | None = None,
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         image_kwargs: dict[str, Any] | None = None,
         bar_kwargs: dict[str, Any] | None = None,
     ) -> Self:
@@ -181,7 +183,7 @@ class ComponentsDisplay:
 
     def plot(
         self,
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         *,
         n_top_features: int = 10,
         shared_scale: bool = True,

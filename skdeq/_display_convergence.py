@@ -1,5 +1,7 @@
 """ConvergenceDisplay: the objective by iteration, and what is left of each row's fixed point."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -115,7 +117,7 @@ class ConvergenceDisplay:
         X: MatrixLike = None,
         *,
         kind: str = "objective",
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         line_kwargs: dict[str, Any] | None = None,
         histogram_kwargs: dict[str, Any] | None = None,
     ) -> Self:
@@ -182,7 +184,7 @@ class ConvergenceDisplay:
 
     def plot(
         self,
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         *,
         kind: str = "objective",
         line_kwargs: dict[str, Any] | None = None,

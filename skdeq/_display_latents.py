@@ -1,5 +1,7 @@
 """LatentMapDisplay: rows in the plane of two components, coloured by a target."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -125,7 +127,7 @@ class LatentMapDisplay:
         component_indices: ArrayLike = (0, 1),
         target_type: str = "auto",
         target_name: str | None = None,
-        ax: "Axes | None" = None,
+        ax: Axes | None = None,
         colors: Sequence[Any] | str | None = None,
         scatter_kwargs: dict[str, Any] | None = None,
         legend_kwargs: dict[str, Any] | None = None,
@@ -206,7 +208,7 @@ class LatentMapDisplay:
         target_name: str | None = None,
         xlabel: str | None = None,
         ylabel: str | None = None,
-        ax: "Axes | None" = None,
+        ax: Axes | None = None,
         colors: Sequence[Any] | str | None = None,
         scatter_kwargs: dict[str, Any] | None = None,
         legend_kwargs: dict[str, Any] | None = None,
@@ -264,7 +266,7 @@ class LatentMapDisplay:
 
     def plot(
         self,
-        ax: "Axes | None" = None,
+        ax: Axes | None = None,
         *,
         colors: Sequence[Any] | str | None = None,
         scatter_kwargs: dict[str, Any] | None = None,

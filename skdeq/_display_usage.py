@@ -1,5 +1,7 @@
 """ComponentUsageDisplay: how much each component is used, and which say the same."""
 
+from __future__ import annotations
+
 import copy
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,7 +120,7 @@ class ComponentUsageDisplay:
         *,
         threshold: float = 0.0,
         kind: str = "mean",
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         bar_kwargs: dict[str, Any] | None = None,
         image_kwargs: dict[str, Any] | None = None,
     ) -> Self:
@@ -179,7 +181,7 @@ class ComponentUsageDisplay:
         dead_components: ArrayLike | None = None,
         threshold: float = 0.0,
         kind: str = "mean",
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         bar_kwargs: dict[str, Any] | None = None,
         image_kwargs: dict[str, Any] | None = None,
     ) -> Self:
@@ -241,7 +243,7 @@ class ComponentUsageDisplay:
 
     def plot(
         self,
-        ax: "Axes | np.ndarray | None" = None,
+        ax: Axes | np.ndarray | None = None,
         *,
         kind: str = "mean",
         bar_kwargs: dict[str, Any] | None = None,

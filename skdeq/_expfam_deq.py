@@ -1,5 +1,7 @@
 """ExpFamilyDEQ: principal component analysis for data that are not Gaussian."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -557,7 +559,7 @@ class ExpFamilyDEQ(
             hidden_map=get_canonical_map(self.hidden_map),
         )
 
-    def to_module(self) -> "EquilibriumLayer":
+    def to_module(self) -> EquilibriumLayer:
         """Return the fitted equilibrium layer as a torch module, to be trained further.
 
         Called on rows of a tensor it returns what `transform` returns, with gradients.

@@ -1,5 +1,7 @@
 """DEQClassifier and DEQRegressor: a network on top of the equilibrium, trained through it."""
 
+from __future__ import annotations
+
 from typing import Self
 
 import numpy as np

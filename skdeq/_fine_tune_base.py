@@ -1,5 +1,7 @@
 """What DEQClassifier and DEQRegressor share: validate, pretrain, train the two together, store."""
 
+from __future__ import annotations
+
 import copy
 import warnings
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """ImplicitEMEncoder: sparse features from one linear layer, without a decoder."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Literal, Self

@@ -70,6 +70,8 @@ def test_public_parameters_are_annotated(path):
         if parameter.name not in ("self", "cls"):
             assert parameter.annotation is not parameter.empty, f"{path}: {parameter.name}"
     assert signature.return_annotation is not signature.empty, path
+    # Names of types, for help(), and not what numpy makes of them.
+    assert "numpy._typing" not in str(signature), path
 
 
 def test_the_walk_sees_what_it_should():
