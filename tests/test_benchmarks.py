@@ -322,6 +322,7 @@ def test_every_table_of_the_encoder_is_made(table, data, run_script, monkeypatch
     ("name", "arguments", "needs_data"),
     [
         ("mnist_speed", ["--long-run", "3"], True),
+        ("layer_speed", ["--components", "3"], True),
         ("drop_in", ["--only", "mnist"], True),
         ("synthetic_latents", [], False),
     ],
