@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from skdeq._chunks import parallel_chunks
 from skdeq._family import CanonicalMap, Family
 from skdeq._fixed_point_problem import FixedPointResult
 from skdeq._hessian_systems import solve_hessians
@@ -106,18 +107,19 @@ class Equilibrium:
             # A closer guide than the bound of the variance that it stands for.
             model = LatentModel(loadings, intercept, start)
             curvature = partial(typical_variance, self._setting, model, "rows")
-        return solve_latents(
-            self._setting,
-            loadings,
-            intercept,
-            upper,
-            method=method,
-            tol=tol,
-            max_iter=max_iter,
-            curvature=curvature,
-            start=start,
-            check_start=True,
-        )
+        with parallel_chunks():
+            return solve_latents(
+                self._setting,
+                loadings,
+                intercept,
+                upper,
+                method=method,
+                tol=tol,
+                max_iter=max_iter,
+                curvature=curvature,
+                start=start,
+                check_start=True,
+            )
 
     def _of_no_rows(self) -> FixedPointResult:
         nothing = self.loadings.detach().new_zeros(0)
@@ -176,7 +178,7 @@ class Equilibrium:
             if not len(right):
                 return right
             # A backward pass may be asked for under autocast, too.
-            with torch.autocast(right.device.type, enabled=False):
+            with torch.autocast(right.device.type, enabled=False), parallel_chunks():
                 problem = row_problem(setting, loadings, intercept)
                 return solve_hessians(problem, latents, right, tol)
 
