@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from sklearn import get_config
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
@@ -80,7 +81,8 @@ def stream_batch(estimator) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+        kinds = (NotFittedError, TypeError, ValueError)
+        kind = next(one for one in kinds if isinstance(error, one))
         raise kind(
             f"{error} It is batch {number} of this stream, and {type(estimator).__name__} is as "
             "it was before."

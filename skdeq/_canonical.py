@@ -172,7 +172,7 @@ class Softplus(CanonicalMap):
         return torch.sigmoid(zeta) * torch.sigmoid(-zeta)
 
     def inverse(self, eta: Tensor) -> Tensor:
-        """Return ``log(exp(eta) - 1)``, for `eta` outside the range a value near its end."""
+        """Return ``log(exp(eta) - 1)``, near and beyond the end a value near it."""
         least = math.log1p(math.exp(-_NEAR_THE_END))
         eta = eta.clamp_min(least)
         return eta + torch.log(-torch.expm1(-eta))
@@ -205,7 +205,7 @@ class Tanh(CanonicalMap):
         return -2 * torch.tanh(zeta) * self.derivative(zeta)
 
     def inverse(self, eta: Tensor) -> Tensor:
-        """Return ``atanh(eta)``, for `eta` outside the range a value near its end."""
+        """Return ``atanh(eta)``, near the ends and beyond a value near them."""
         most = math.tanh(_NEAR_THE_END / 2)
         return torch.atanh(eta.clamp(-most, most))
 

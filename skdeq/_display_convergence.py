@@ -332,8 +332,7 @@ def _loss_name(step) -> str:
 
 
 def _iteration_name(step) -> str:
-    scoring = isinstance(step, ExpFamilyDEQ) and step.solver != "adam"
-    return "Iteration" if scoring else "Epoch"
+    return "Iteration" if isinstance(step, ExpFamilyDEQ) and step._is_scoring() else "Epoch"
 
 
 def _edges(residuals: np.ndarray, tol: float | None) -> np.ndarray:

@@ -113,8 +113,7 @@ class LatentVariableEstimator(FittedLatents):
                 f"image_shape={self.image_shape!r} has {convolution.n_pixels} pixels, but X has "
                 f"{p} features."
             )
-        dense = len(sizes) == 1 and convolution is None
-        if self.solver == "scoring" and not dense:
+        if self.solver == "scoring" and not self._is_scoring():
             raise ValueError(
                 "solver='scoring' is for one layer of dense loadings; use 'adam' or 'auto' with "
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r} and "
@@ -134,7 +133,7 @@ class LatentVariableEstimator(FittedLatents):
         previous = None
         if self.warm_start and self._layer_sizes() == (p, *sizes):
             previous = self._parameters(setting)
-        solver = fit_full_batch if dense and self.solver != "adam" else fit_minibatches
+        solver = fit_full_batch if self._is_scoring() else fit_minibatches
         options = self._options()
 
         def store(estimator, fit: tuple[LatentModel, Trace]) -> None:
@@ -274,6 +273,8 @@ class LatentVariableEstimator(FittedLatents):
         """
         convolution = self._convolution()
         if convolution is None:
+            # Of an earlier fit.
+            self.__dict__.pop("kernels_", None)
             jacobian = mean_jacobian(latents, model.upper, self._hidden_map(), weight)
             return orthonormal_scores(model.loadings, covariance, jacobian)
         kernels = convolution.kernels(model.loadings)

@@ -217,9 +217,11 @@ class ExpFamilyDEQ(
         Gaussian data PCA's explained variance ratio. They add up to the share that the model
         removes; one may be negative, and others exceed one, where components undo each other's
         work far from the intercept, as weakly penalised ones of skewed data do. With more than
-        2e6 entries estimated from evenly spaced rows; after `partial_fit`, from the last batch.
+        2e6 entries estimated from 256 or more random rows; after `partial_fit`, from the last
+        batch.
     loss_curve_ : list of float
-        Mean objective at each iteration, with all constants of the likelihood.
+        Mean objective, with all constants of the likelihood: before the step of each iteration of
+        "scoring", and after each epoch of "adam".
     n_iter_ : int
         Iterations run. Where the variance has no bound (Poisson, negative binomial, gamma) two
         starts are first compared by four iterations each, which are not counted.
@@ -570,6 +572,7 @@ class ExpFamilyDEQ(
             In float64 or float32, whichever the model is worked on in, on the CPU.
         """
         check_is_fitted(self)
+        self._check_exposure()
         # Here and not above: it imports torch's compiler, which takes as long as all the rest.
         from skdeq.nn import EquilibriumLayer, tie_to_kernels
 

@@ -135,8 +135,20 @@ class FittedLatents(LatentLayout):
         check_is_fitted(self)
         family = self._family()
         X = check_observations(self, X, family, reset=False)
-        setting, _ = self._setting(X, family, None, self._exposure_profile)
-        return self._latents(setting), setting, X
+        return *self._solve_validated(X), X
+
+    def _solve_validated(self, X) -> tuple[FixedPointResult, Setting]:
+        """Solve rows that are known to be in the support; also their setting."""
+        self._check_exposure()
+        setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
+        return self._latents(setting), setting
+
+    def _check_exposure(self) -> None:
+        if (self.exposure is None) != (self._exposure_profile is None):
+            raise ValueError(
+                f"{type(self).__name__} was not fitted with exposure={self.exposure!r}; call fit "
+                "again."
+            )
 
     def _codes(self, X) -> torch.Tensor:
         """MAP latents of rows, in their own type; warn of those that are not solved."""

@@ -135,13 +135,18 @@ class LatentLayout(BaseEstimator):
             )
         return convolution
 
+    def _is_scoring(self) -> bool:
+        """Whether `fit` is by alternating Fisher scoring, and not by minibatches."""
+        dense = self.loadings == "dense" and not len(tuple(self.hidden_layer_sizes))
+        return dense and self.solver != "adam"
+
     def _sizes(self) -> tuple[int, ...]:
         """Validate the numbers of latents of the layers, from the data to the top."""
         convolution = self._convolution()
         if convolution is not None:
             return (int(self.n_components) * convolution.n_places,)
         hidden = self.hidden_layer_sizes
-        sizes = tuple(hidden) if isinstance(hidden, list | tuple | np.ndarray) else (hidden,)
+        sizes = tuple(hidden)
         if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
             raise ValueError(
                 "hidden_layer_sizes must be integers of at least 1, one for each layer between "

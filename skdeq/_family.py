@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,14 @@ _REALS = Interval(-math.inf, math.inf, False, False)
 
 # Stands for an infinite natural parameter: exp(-40) is below the rounding of float64.
 _AS_GOOD_AS_INFINITE = 40.0
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Whether two parameters are equal, which may be arrays or tensors."""
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):
+        return np.array_equal(one, other)  # type: ignore[arg-type]
 
 
 class _EqualByParameters:
@@ -28,7 +37,11 @@ class _EqualByParameters:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return self._parameters() == other._parameters()
+        mine, theirs = self._parameters(), other._parameters()
+        return len(mine) == len(theirs) and all(
+            one == two and _are_equal(first, second)
+            for (one, first), (two, second) in zip(mine, theirs, strict=True)
+        )
 
     def __hash__(self) -> int:
         return hash((type(self), self._parameters()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
@@ -20,10 +19,11 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import VersionedMixin, host_array, resolve_device
+from skdeq._base import VersionedMixin, host_array, resolve_device, to_numpy
 from skdeq._chunks import parallel_chunks
 from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
+from skdeq._expfam_fitted import narrowed
 from skdeq._expfam_layout import changed_parameters, refuse_changes
 from skdeq._head import Head
 from skdeq._head_training import HeadOptions, HeadTrainer, TrainingRows
@@ -70,14 +70,14 @@ _SLOWER = 3
 # digits (three folds) two components get 0.77 right, 4 0.92, 8 0.97, 16 0.98 and 32 0.98; on wine,
 # breast cancer and iris all that is from 4 on is within 0.02.
 _COMPONENTS = 16
-# Rows from which on it has them, and its components otherwise. Fewer rows, which repetition may
-# make more, have the same number of components as long as they allow so many.
+# Rows from which on it has them, and its components otherwise. Weights that count repetitions
+# count here, too, but there are no more components than rows.
 _MANY_ROWS = 100
 _COMPONENTS_OF_FEW = 2
 
 
 def _default_components(X, sample_weight) -> int:
-    """Components of the default backbone, as many for weighted rows as for repeated ones."""
+    """Components of the default backbone, by how many rows there are, repetitions included."""
     n, p = X.shape
     total = n if sample_weight is None else max(n, float(sample_weight.sum()))
     enough = n >= _COMPONENTS and total >= _MANY_ROWS
@@ -318,11 +318,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             backbone.feature_names_in_ = self.feature_names_in_
         return backbone
 
-    def _latents(self, X) -> Any:
+    def _latents(self, X, *, checked: bool = False) -> np.ndarray:
         """MAP latents of validated rows, in the top layer."""
-        with warnings.catch_warnings(), config_context(array_api_dispatch=False):
-            warnings.filterwarnings("ignore", message="X does not have valid feature names")
-            return self.backbone_.map_latents(X).layers[-1]
+        with parallel_chunks():
+            result, setting = self.backbone_._solve_validated(X)
+        if checked:
+            self.backbone_._checked(result)
+        return to_numpy(narrowed(result, setting).layers[-1])
 
     def _train(
         self, X, targets, sample_weight, progress: Progress, *, going_on: bool, stream: bool
@@ -461,7 +463,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         check_is_fitted(self)
         X = check_observations(self, X, get_family(self.backbone_.family), reset=False)
         head = Head(self._centre, self._scale, self.coefs_, self.intercepts_)
-        return head(self._latents(X))
+        return head(self._latents(X, checked=True))
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skdeq._family import CanonicalMap
 from skdeq._hierarchy import HiddenLayer
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Setting, hidden_setting, null_model
@@ -154,16 +155,30 @@ def _add_layers(
     """Fit one layer on top of the other, each to the latents of the one below."""
     if not sizes:
         return model
-    model = Scoring(setting, _GREEDY, 0.0).run(model, objective)
-    layers, upper = [model.latents], []
+    fits = [Scoring(setting, _GREEDY, 0.0).run(model, objective)]
     for size in sizes:
-        given = hidden_setting(setting, layers[-1])
+        fits[-1] = _raised(fits[-1], setting.hidden_map)
+        given = hidden_setting(setting, fits[-1].latents)
         intercept, objective = null_model(given)
         above = _first_layer(given, size, generator, intercept, objective)
-        above = Scoring(given, _GREEDY, 0.0).run(above, objective)
-        layers.append(above.latents)
-        upper.append(HiddenLayer(above.loadings, above.intercept))
-    return LatentModel(model.loadings, model.intercept, torch.cat(layers, dim=1), tuple(upper))
+        fits.append(Scoring(given, _GREEDY, 0.0).run(above, objective))
+    bottom, *others = fits
+    latents = torch.cat([one.latents for one in fits], dim=1)
+    upper = tuple(HiddenLayer(one.loadings, one.intercept) for one in others)
+    return LatentModel(bottom.loadings, bottom.intercept, latents, upper)
+
+
+def _raised(model: LatentModel, hidden_map: CanonicalMap) -> LatentModel:
+    """Move latents to where a map without negative values can reach most of them.
+
+    Centred, half of them are out of its reach: the layer above would tell what is not there by
+    intercepts far below zero, where the map has no slope to learn by. Predictors stay as they are.
+    """
+    if hidden_map.range.low < 0:
+        return model
+    step = model.latents.std(0, correction=0)
+    intercept = model.intercept - model.loadings @ step
+    return replace(model, intercept=intercept, latents=model.latents + step)
 
 
 def fit_full_batch(

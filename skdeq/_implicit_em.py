@@ -324,13 +324,19 @@ class ImplicitEMEncoder(
             progress.store = store
             trace = trainer.fit(weight, generator, progress)
             if trace.undone:
-                warn(
+                what = (
                     f"{trace.undone} epochs of {type(self).__name__} led nowhere or diverged and "
                     "were undone; the others took smaller steps, in the end with "
-                    f"{trainer.learning_rate:g} in place of learning_rate={self.learning_rate:g}: "
-                    "lower it" + (f" or momentum={self.momentum:g}." if self.momentum else "."),
-                    ConvergenceWarning,
+                    f"{trainer.learning_rate:g} in place of learning_rate={self.learning_rate:g}"
                 )
+                if not trace.n_iter:
+                    what = (
+                        f"No epoch of {type(self).__name__} was kept: with learning_rate="
+                        f"{self.learning_rate:g} all of them diverged, and the components are "
+                        "those of the random start"
+                    )
+                advice = f" or momentum={self.momentum:g}" if self.momentum else ""
+                warn(f"{what}: lower it{advice}.", ConvergenceWarning)
             store(self, trace)
             self._warn_if_dead()
         return self
@@ -379,6 +385,12 @@ class ImplicitEMEncoder(
                 past, state = EncoderTrace(), None
             else:
                 check_stream_type(X, self.components_)
+                if type(self._activation()).__name__ != self._trained_activation:
+                    raise ValueError(
+                        f"activation={self.activation!r}, but partial_fit goes on with components "
+                        f"that were trained through {self._trained_activation}; call fit to start "
+                        "anew."
+                    )
                 if self.n_components != len(self.components_):
                     raise ValueError(
                         f"n_components={self.n_components}, but partial_fit goes on with the "
@@ -525,10 +537,12 @@ class ImplicitEMEncoder(
         return -sum(self.loss_terms(X, sample_weight).values())
 
     def _activation(self) -> Activation:
-        if isinstance(self.activation, Activation):
-            return self.activation
         if isinstance(self.activation, str):
             return ACTIVATIONS[self.activation]
+        if isinstance(self.activation, PairActivation):
+            self.activation.check()
+        if isinstance(self.activation, Activation):
+            return self.activation
         if len(self.activation) != 2 or not all(map(callable, self.activation)):
             raise ValueError(
                 "activation must be one of "
@@ -611,6 +625,7 @@ class ImplicitEMEncoder(
         self.intercept_ = to_numpy(intercept, dtype)
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
+        self._trained_activation = type(self._activation()).__name__
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
         self._solver_state = trainer.state()

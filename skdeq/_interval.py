@@ -54,7 +54,7 @@ class Interval:
         return above & below
 
     def inside(self) -> float:
-        """Return a number well inside: 0 if that is, else one unit from the nearest end."""
+        """Return a number well inside: 0 if that is, else the middle, or one unit from the end."""
         if self.low < 0 < self.high:
             return 0.0
         if self.low > -math.inf and self.high < math.inf:

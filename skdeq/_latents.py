@@ -324,7 +324,7 @@ def laplace_log_likelihood(
 
 
 def _log_determinant(hessian: Tensor, least: float) -> Tensor:
-    """Log determinants of Hessians whose eigenvalues are known to be at least ``least``."""
+    """Log determinants of Hessians; smaller eigenvalues than ``least`` are taken for that."""
     factor, info = torch.linalg.cholesky_ex(hessian)
     result = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
     # Rounding makes the Hessian of enormous loadings indefinite.

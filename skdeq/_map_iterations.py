@@ -140,7 +140,7 @@ def picard(
     problem : FixedPointProblem
     start : Tensor of shape (n_rows, r)
     tol : float
-        A row stops once its scaled residual is at most this.
+        A row stops once what certifies it is at most this, see :class:`FixedPointResult`.
     max_iter : int
         Applications of the map at most.
 
@@ -178,7 +178,7 @@ def anderson(
     problem : FixedPointProblem
     start : Tensor of shape (n_rows, r)
     tol : float
-        A row stops once its scaled residual is at most this.
+        A row stops once what certifies it is at most this, see :class:`FixedPointResult`.
     max_iter : int
         Applications of the map at most.
 

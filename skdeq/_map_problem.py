@@ -49,7 +49,7 @@ class MapProblem:
     design : Tensor of shape (q, r)
         The matrix D.
     observations : Observations of shape (n, q)
-        The entries T(x); only their products and gaps are used.
+        The entries T(x); of a canonical family only their products and gaps are used.
     penalty : Tensor of shape (r,)
         Ridge penalties, non-negative.
     offset : Tensor of shape (q,), optional

@@ -232,7 +232,7 @@ def newton(
     problem : FixedPointProblem
     start : Tensor of shape (n_rows, r)
     tol : float
-        A row stops once its scaled residual is at most this.
+        A row stops once what certifies it is at most this, see :class:`FixedPointResult`.
     max_iter : int
         Steps at most.
 

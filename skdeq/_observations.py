@@ -142,8 +142,9 @@ class CompressedRows:
 class Observations:
     """Sufficient statistics T(x) of n rows and p features; a missing entry counts as zero here.
 
-    Everything a solver needs of the data is two products and the places of the gaps, so that
-    dense and sparse data share every line of the solvers.
+    Everything a solver of a canonical family needs of the data is two products and the places of
+    the gaps, so that dense and sparse data share every line of the solvers. Through another map
+    it needs the entries, some rows at a time.
 
     Attributes
     ----------

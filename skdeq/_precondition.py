@@ -105,7 +105,8 @@ def fit_preconditioner(
             weight = sample_weight[start:stop].double()
         first = weight @ rows
         second = weight @ rows.square_()
-        distance, place = (rows.sum(1) * weight).max(0)
+        # A weight stands for so many rows, of which this is one.
+        distance, place = torch.where(weight > 0, rows.sum(1), 0.0).max(0)
         # Nothing is added unless all of it was computed: a chunk may be tried again in halves.
         sums[:, start // size] += torch.stack([first, second])
         so_far = farthest[:, start // size]

@@ -18,8 +18,10 @@ __all__ = [
     "pooled_covariance",
 ]
 
-# Entries up to which explained deviances use every row, and points of their quadrature.
+# Entries up to which explained deviances use every row, rows that they use at least, and points
+# of their quadrature.
 _DEVIANCE_ENTRIES = 2e6
+_LEAST_ROWS = 256
 _NODES = 8
 # Change of a predictor along the line that the nodes resolve; where it is larger they are repeated
 # on intervals, each so many times as long as the one before.
@@ -128,7 +130,8 @@ def explained_deviance(
     -------
     shares : Tensor of shape (k,), float64
         Sums to one minus the residual deviance over the null deviance, or zeros where that is
-        negative. With more than 2e6 entries, estimated from evenly spaced rows.
+        negative. With more than 2e6 entries, estimated from rows drawn at random, always the same
+        ones, of which there are 256 or more.
     removed : float
         Share that the scores remove: next to nothing if they hardly move the predictors.
     largest : float
@@ -137,8 +140,8 @@ def explained_deviance(
     family = setting.family.exact
     n, k = scores.shape
     p = len(null_intercept)
-    every = max(1, round(n * p / _DEVIANCE_ENTRIES))
-    index = torch.arange(0, n, every, device=scores.device)
+    most = max(_LEAST_ROWS, int(_DEVIANCE_ENTRIES / p))
+    index = _drawn_rows(n, most).to(scores.device)
     weight = setting.sample_weight
 
     def moved(low: int, high: int) -> Tensor:
@@ -180,15 +183,20 @@ def explained_deviance(
 
     size = max(1, 2**19 // p)
     largest = 0.0
-    # Where the variance is constant the slope is linear, and one interval exact.
-    if not (family.is_canonical and family.base.self_concordance == 0):
-        largest = float(torch.stack(map_chunks(moved, len(index), size, scores.device)).amax())
-    nodes, shares = _quadrature(largest)
-    total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
-    null, residual, parts = float(total[0]), float(total[1]), total[2:]
-    # What is no number is not nothing.
-    explained = 0.0 if null <= 0 else 1 - residual / null
-    removed = 0.0 if null <= 0 else float(parts.sum()) / null
+    while True:
+        # Where the variance is constant the slope is linear, and one interval exact.
+        if not (family.is_canonical and family.base.self_concordance == 0):
+            largest = float(torch.stack(map_chunks(moved, len(index), size, scores.device)).amax())
+        nodes, shares = _quadrature(largest)
+        total = torch.stack(map_chunks(work, len(index), size, scores.device)).sum(0)
+        null, residual, parts = float(total[0]), float(total[1]), total[2:]
+        # What is no number is not nothing.
+        explained = 0.0 if null <= 0 else 1 - residual / null
+        removed = 0.0 if null <= 0 else float(parts.sum()) / null
+        if abs(removed) >= NEXT_TO_NOTHING or len(index) == n:
+            break
+        # That there is nothing is for all rows to say.
+        index = _drawn_rows(n, n).to(scores.device)
     if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
         return torch.zeros(k, dtype=torch.float64, device="cpu"), removed, largest
     if not 0 < removed < torch.inf:
@@ -197,6 +205,14 @@ def explained_deviance(
     if not float(parts.sum()) > 0:  # rows of a batch that are all the same
         parts = torch.ones_like(parts)
     return parts * (explained / parts.sum()), removed, largest
+
+
+def _drawn_rows(n: int, most: int) -> torch.Tensor:
+    """Draw so many of n rows at random, in order, or take all."""
+    if n <= most:
+        return torch.arange(n, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randperm(n, generator=generator, device="cpu")[:most].sort().values
 
 
 def _quadrature(largest: float) -> tuple[np.ndarray, np.ndarray]:

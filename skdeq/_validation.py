@@ -44,8 +44,8 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
     Returns
     -------
     Tensor or CSR array of shape (n, p)
-        float32 or float64; NaN marks missing entries. A tensor shares memory with dense X, where
-        its type fits, and stays on the device of X.
+        float32 or float64; NaN marks missing entries. A tensor stays on the device of X, and
+        shares memory with X where that is dense, of such a type, in rows and writable.
 
     Raises
     ------
@@ -337,7 +337,8 @@ def _refuse(estimator, family: Family, row: int, column: int, value: float) -> N
             "NaN for missing entries."
         )
     # "Negative values in data" is what scikit-learn's own estimators say.
-    prefix = "Negative values in data passed to" if value < 0 else "Unsuitable value in data for"
+    negative = value < 0 <= family.support.low
+    prefix = "Negative values in data passed to" if negative else "Unsuitable value in data for"
     raise ValueError(
         f"{prefix} {name}: {where} is {value:g}, but family {family.name!r} accepts "
         f"{family.accepts}, {family.support}."

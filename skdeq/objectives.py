@@ -106,7 +106,7 @@ class Softplus(Activation):
     def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         # Not torch's softplus, which is a straight line beyond a threshold.
-        return torch.logaddexp(preactivation, torch.zeros_like(preactivation[:1, :1]))
+        return torch.logaddexp(preactivation, preactivation.new_zeros(()))
 
     def derivative(self, preactivation: Tensor) -> Tensor:
         """Return the derivative, the logistic function."""
