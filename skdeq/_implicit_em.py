@@ -81,8 +81,9 @@ class ImplicitEMEncoder(
     The gradient of the first term in a distance is exactly the component's responsibility
     ``softmax(-d)_j`` for the row, so that gradient descent performs expectation-maximisation
     implicitly; the second term keeps every component alive and the third keeps them distinct
-    [1]_ (Equation 7). Features are sparse, interpretable as what a component claims, and cost
-    half the parameters of a sparse autoencoder.
+    [1]_ (Equation 7). Features are sparse, and cost half the parameters of a sparse autoencoder.
+    A zero means that the component claims the row, as most do of most rows: what tells is a
+    distance. Weights point away from what is claimed: look at the negative of `components_`.
 
     Read more in the :ref:`User Guide <implicit_em>`.
 
@@ -459,7 +460,8 @@ class ImplicitEMEncoder(
     def inverse_transform(self, D: VectorLike) -> Output:
         """Pseudo-decoder: the transposed weights applied to a code.
 
-        Nothing trains it to reconstruct X; its direction is meaningful and its scale is not.
+        Nothing trains it to reconstruct X, and its scale has no meaning. Applied to distances its
+        direction is that of centred rows; applied to responsibilities it is the opposite one.
 
         Parameters
         ----------
