@@ -34,7 +34,8 @@ class FixedPointResult:
         returned or, with Newton's method, of the point one step before; of a row that is solved
         it may be an upper bound. It is 0 where only rounding is left of the decrement.
     converged : Tensor or ndarray of shape (n_rows,)
-        Whether the residual is within the tolerance.
+        Whether the residual is within the tolerance, and, where Hessians were formed, that of the
+        row has digits enough to tell its unknowns apart.
     n_iter : Tensor or ndarray of shape (n_rows,)
         Iterations until each row was solved. Newton's method takes one more step, unseen.
     layers : tuple of Tensor or ndarray of shape (n_rows, r_l)

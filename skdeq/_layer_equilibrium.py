@@ -22,17 +22,13 @@ from skdeq._hierarchy import (
 from skdeq._inside import latents_inside, predictors_inside
 from skdeq._latents import solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, latent_problem, row_problem
+from skdeq._newton import LEAST_PIVOT
 from skdeq._observations import Observations
 from skdeq.implicit import attach_factored, attach_solver, factored
 
 __all__ = ["Equilibrium"]
 
 _Kinked = TypeVar("_Kinked", Family, CanonicalMap)
-
-# Least share of a latent's own curvature that the other latents may leave of it, in units of the
-# precision. Where a row has fewer observed entries than latents, and next to no prior, less is
-# left, and in float32 outputs are off by multiples of their size. From this share on by a percent.
-_LEAST_PIVOT = 100.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class Equilibrium:
         if bound is None or not self.is_convex:
             return False
         most = self.alpha + bound * self.loadings.square().sum(0).amax()
-        least = _LEAST_PIVOT * torch.finfo(most.dtype).eps * most
+        least = LEAST_PIVOT * torch.finfo(most.dtype).eps * most
         return bool((least <= self.alpha) & result.converged.all())
 
     def solver_of_systems(self, latents: Tensor, tol: float) -> Callable[[Tensor], Tensor]:
@@ -192,7 +188,7 @@ class Equilibrium:
         hessian, beyond = self._hessian(result.value)
         factor, definite = factored(hessian)
         pivots = factor.diagonal(dim1=1, dim2=2).square()
-        least = _LEAST_PIVOT * torch.finfo(hessian.dtype).eps
+        least = LEAST_PIVOT * torch.finfo(hessian.dtype).eps
         told_apart = (pivots >= least * hessian.diagonal(dim1=1, dim2=2)).all(1) & definite
         converged = result.converged & (
             told_apart if beyond is None else told_apart & ~beyond[:, 0]

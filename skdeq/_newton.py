@@ -13,7 +13,13 @@ from skdeq._fixed_point_problem import (
     effective_tolerance,
 )
 
-__all__ = ["NewtonSystems", "backtrack", "confirm", "newton", "newton_step"]
+__all__ = ["LEAST_PIVOT", "NewtonSystems", "backtrack", "confirm", "newton", "newton_step"]
+
+# Least share of an unknown's own curvature that the others may leave of it, in units of the
+# precision. Where a row has fewer observed entries than latents, and next to no prior, less is
+# left, and in float32 solutions are off by multiples of their size. From this share on by a
+# percent.
+LEAST_PIVOT = 100.0
 
 # Sufficient decrease, and how often a step may be cut, in the backtracking line search.
 _ARMIJO = 1e-4
@@ -39,6 +45,11 @@ class NewtonSystems:
     Parameters
     ----------
     hessian : Tensor of shape (m, r, r)
+
+    Attributes
+    ----------
+    told_apart : Tensor of shape (m,), bool
+        Whether there are digits enough to tell the unknowns of a row apart.
     """
 
     def __init__(self, hessian: Tensor):
@@ -51,6 +62,8 @@ class NewtonSystems:
         # The pivots of a matrix with an entry that is no number are no numbers either.
         pivots = self.factor.diagonal(dim1=-2, dim2=-1)
         failed = (info != 0) | ~torch.isfinite(pivots).all(-1)
+        enough = pivots.square() >= LEAST_PIVOT * torch.finfo(hessian.dtype).eps
+        self.told_apart = enough.all(-1) & ~failed
         damping = 1e3 * torch.finfo(hessian.dtype).eps
         while bool(failed.any()) and damping < 1:
             index = failed.nonzero().squeeze(-1)
@@ -66,7 +79,8 @@ class NewtonSystems:
 
     def __getitem__(self, index: Tensor) -> "NewtonSystems":
         part = copy.copy(self)
-        part.scale, part.factor = self.scale[index], self.factor[index]
+        for name in ("scale", "factor", "told_apart"):
+            setattr(part, name, getattr(self, name)[index])
         return part
 
     def solve(self, gradient: Tensor) -> Tensor:
@@ -244,6 +258,7 @@ def newton(
     value = start.clone()
     residual = start.new_full((len(start),), torch.inf)
     n_iter = torch.zeros(len(start), dtype=torch.long, device=start.device)
+    told_apart = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     rows = torch.arange(len(start), device=start.device)
     # Squared decrement before the last step, where that was a whole one.
     last = torch.full_like(residual, torch.inf)
@@ -251,6 +266,7 @@ def newton(
     while len(rows) and max_iter:
         z = value[rows]
         look = _Look(problem, z, rows)
+        told_apart[rows] = look.systems.told_apart
         # Rows found solved here take the step they have paid for: it squares what error is left.
         z, length = _safeguarded(
             problem, z, look.step, look.gradient, look.objective, rows, look.rounding
@@ -274,8 +290,9 @@ def newton(
         rows = rows[~(residual[rows] <= tol) & (n_iter[rows] < max_iter)]
     rows = (~(residual <= tol)).nonzero().squeeze(1)
     if len(rows):
-        residual[rows] = _Look(problem, value[rows], rows).residual
-    return FixedPointResult(value, residual, residual <= tol, n_iter)
+        look = _Look(problem, value[rows], rows)
+        residual[rows], told_apart[rows] = look.residual, look.systems.told_apart
+    return FixedPointResult(value, residual, (residual <= tol) & told_apart, n_iter)
 
 
 def confirm(
@@ -297,9 +314,9 @@ def confirm(
     """
     tol = effective_tolerance(tol, result.value.dtype)
     for rows in result.converged.nonzero().squeeze(1).split(batch_rows):
-        residual = _Look(problem, result.value[rows], rows).residual
-        result.residual[rows] = torch.maximum(residual, result.residual[rows])
-        result.converged[rows] = residual <= tol
+        look = _Look(problem, result.value[rows], rows)
+        result.residual[rows] = torch.maximum(look.residual, result.residual[rows])
+        result.converged[rows] = (look.residual <= tol) & look.systems.told_apart
 
 
 def _repeat(

@@ -252,6 +252,8 @@ class EquilibriumLayer(nn.Module):
             latents = result.value
             if torch.is_grad_enabled():
                 result, latents = equilibrium.differentiable(result, self.tol)
+            elif latents.dtype != torch.float64:
+                result = equilibrium.certified(result)
             latents = split_layers(latents, equilibrium.upper)[-1]
             if self.rotation is not None:
                 latents = latents @ self.rotation

@@ -1145,3 +1145,73 @@ def test_warnings_point_at_the_line_of_the_caller(method):
     with pytest.warns(ConvergenceWarning) as caught:
         getattr(fitted, method)(X)
     assert {one.filename for one in caught} == {__file__}
+
+
+def test_explained_deviance_of_large_data_does_not_hang_on_the_order_of_the_rows():
+    rng = np.random.default_rng(0)
+    X = 0.1 * rng.normal(size=(2000, 1600))
+    # Two rows apart, as evenly spaced rows would be.
+    X[1::2] += rng.normal(size=(1000, 1)) @ rng.normal(size=(1, 1600))
+    shares = [
+        float(ExpFamilyDEQ(1, random_state=0).fit(X[order]).explained_deviance_ratio_[0])
+        for order in (slice(None), rng.permutation(2000))
+    ]
+    whole = PCA(1).fit(X).explained_variance_ratio_[0]
+    np.testing.assert_allclose(shares, whole, rtol=0.02)
+
+
+def test_scores_of_few_rows_among_many_are_no_dust():
+    rng = np.random.default_rng(0)
+    X = np.zeros((3000, 800))
+    X[::1000] = 100 * rng.normal(size=(3, 800))
+    fitted = ExpFamilyDEQ(1, random_state=0).fit(X)
+    assert np.ptp(fitted.transform(X)) > 100
+
+
+def test_a_dense_fit_has_no_kernels_of_an_earlier_one():
+    X = sample("poisson")
+    options = {"loadings": "conv2d", "image_shape": (3, 3), "kernel_size": 3, "max_iter": 2}
+    fitted = ExpFamilyDEQ(1, family="poisson", tol=1.0, **options).fit(X)
+    assert fitted.kernels_.shape == (1, 1, 3, 3)
+    assert not hasattr(fitted.set_params(loadings="dense").fit(X), "kernels_")
+
+
+def test_an_exposure_that_was_not_fitted_is_refused():
+    X = sample("poisson")
+    fitted = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X).set_params(exposure="total")
+    for method in (fitted.transform, fitted.score, lambda X: fitted.to_module()):
+        with pytest.raises(ValueError, match="was not fitted with exposure='total'; call fit"):
+            method(X)
+    fitted.fit(X).set_params(exposure=None)
+    with pytest.raises(ValueError, match="was not fitted with exposure=None"):
+        fitted.transform(X)
+
+
+def test_a_family_with_an_array_for_parameter_streams():
+    class Scaled(type(get_family("poisson"))):
+        def __init__(self, table):
+            self.table = table
+
+    X = sample("poisson")
+    stream = ExpFamilyDEQ(2, family=Scaled(np.arange(3.0)), random_state=0).partial_fit(X)
+    stream.set_params(family=Scaled(np.arange(3.0))).partial_fit(X)
+    with pytest.raises(ValueError, match="partial_fit goes on with the model there is"):
+        stream.set_params(family=Scaled(np.arange(4.0))).partial_fit(X)
+
+
+def test_rows_for_which_float32_has_too_few_digits_are_not_certified():
+    rng = np.random.default_rng(0)
+    X = rng.poisson(np.exp(rng.normal(size=(300, 6)) @ rng.normal(size=(6, 12)) / 2.0))
+    X = X.astype(np.float32)
+    fitted = ExpFamilyDEQ(6, family="poisson", alpha=1e-8, random_state=0).fit(X)
+    assert fitted.map_latents(X).converged.all()
+    gaps = X[:40].copy()
+    for row in gaps:
+        row[rng.permutation(12)[:9]] = np.nan
+    single, double = fitted.map_latents(gaps), fitted.map_latents(gaps.astype(float))
+    assert double.converged.all()
+    error = abs(single.value - double.value).max(axis=1) / abs(double.value).max(axis=1)
+    # Certified rows are off by a few percent at most, others by ten times as much.
+    assert error[single.converged].max() < 0.05 < error.max()
+    with pytest.warns(ConvergenceWarning, match="pass float64 data"):
+        fitted.transform(gaps)

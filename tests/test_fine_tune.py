@@ -713,3 +713,20 @@ def test_a_frozen_backbone_stays_what_it_is():
     backbone.set_params(alpha=5.0)
     frozen = DEQClassifier(FrozenEstimator(backbone), fine_tune=False, max_iter=1).fit(X, label)
     np.testing.assert_array_equal(frozen.backbone_.loadings_, loadings)
+
+
+def test_predictions_warn_of_rows_that_are_not_solved():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", fixed_point_max_iter=1, random_state=0)
+    with pytest.warns(ConvergenceWarning):
+        fitted = DEQClassifier(backbone, fine_tune=False, max_iter=2, random_state=0).fit(X, label)
+    for method in (fitted.predict, fitted.predict_proba):
+        with pytest.warns(ConvergenceWarning, match="rows are not solved to fixed_point_tol"):
+            method(X)
+
+
+def test_a_stream_raises_the_kind_of_error_that_fit_does():
+    X, label, _ = data()
+    unfitted = DEQClassifier(FrozenEstimator(ExpFamilyDEQ(family="poisson")))
+    with pytest.raises(NotFittedError, match="It is batch 1 of this stream"):
+        unfitted.partial_fit(X, label, classes=np.unique(label))

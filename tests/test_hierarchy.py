@@ -8,13 +8,15 @@ import torch
 from conftest import sample
 from scipy import sparse
 from scipy.stats import multivariate_normal
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Setting
 from skdeq._observations import Observations
 from skdeq._stochastic import envelope_gradient
-from skdeq.families import get_canonical_map, get_family
+from skdeq.families import Binomial, get_canonical_map, get_family
 from skdeq.nn import EquilibriumLayer
 
 MAPS = ("identity", "relu", "softplus", "tanh")
@@ -355,3 +357,14 @@ def test_classifier_trains_all_layers():
 def test_bad_sizes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ExpFamilyDEQ(2, **options).fit(sample("gaussian"))
+
+
+@pytest.mark.parametrize("hidden_map", ["softplus", "relu"])
+def test_layers_below_a_map_without_negative_values_are_alive(hidden_map):
+    X, y = load_digits(return_X_y=True)
+    options = {"family": Binomial(16), "max_iter": 10, "tol": 1.0}
+    model, _ = deep(hidden=(12,), k=5, X=X[:600], hidden_map=hidden_map, **options)
+    assert model.explained_deviance_ratio_.min() > 0.01
+    neighbours = KNeighborsClassifier().fit(model.transform(X[:600]), y[:600])
+    # Where the first layer's latents were centred none or few of the components lived: 0.1, 0.6.
+    assert neighbours.score(model.transform(X[600:]), y[600:]) > 0.7

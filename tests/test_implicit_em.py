@@ -29,7 +29,7 @@ from test_objectives import plain_loss
 from skdeq import ImplicitEMEncoder
 from skdeq._encoder_fit import start_weights
 from skdeq._precondition import RowBatches, fit_preconditioner
-from skdeq.objectives import ACTIVATIONS, ObjectiveWeights
+from skdeq.objectives import ACTIVATIONS, ObjectiveWeights, PairActivation
 
 
 def digits(n=1797):
@@ -468,7 +468,7 @@ def test_tol_ends_a_fit_that_has_come_to_rest():
 
 def test_divergence_is_one_warning_and_no_nan():
     X = digits(300)
-    with pytest.warns(ConvergenceWarning, match="in place of learning_rate=1e\\+300") as caught:
+    with pytest.warns(ConvergenceWarning, match="No epoch .* was kept: with") as caught:
         fitted = encoder(learning_rate=1e300, activation="identity").fit(X)
     assert len(caught) == 1
     assert np.isfinite(fitted.transform(X)).all()
@@ -720,3 +720,28 @@ def test_weights_of_one_are_no_weights():
     plain.fit(X)
     weighted.fit(X, sample_weight=np.ones(len(X)))
     np.testing.assert_array_equal(plain.components_, weighted.components_)
+
+
+def test_a_row_of_a_large_weight_is_many_rows_and_no_outlier():
+    X = np.random.default_rng(0).normal(size=(100, 5))
+    weight = np.ones(100)
+    weight[7] = 1000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        encoder(4).fit(X, sample_weight=weight)
+
+
+def test_a_stream_goes_on_through_its_activation_alone():
+    stream = encoder(4).partial_fit(digits(100))
+    before = stream.components_
+    with pytest.raises(ValueError, match="trained through ReLU; call fit to start anew"):
+        stream.set_params(activation="abs").partial_fit(digits(100))
+    np.testing.assert_array_equal(stream.components_, before)
+    stream.set_params(activation="relu").partial_fit(digits(100))
+
+
+def test_a_pair_that_is_made_already_is_checked():
+    pair = PairActivation(torch.Tensor.abs_, torch.sign)
+    with pytest.raises(ValueError, match="changes its argument"):
+        encoder(4, activation=pair).fit(digits(100))

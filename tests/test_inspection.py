@@ -552,6 +552,9 @@ def test_curves_of_the_other_estimators(encoder, counts):
         display = ConvergenceDisplay.from_estimator(fitted)
         np.testing.assert_array_equal(display.line_.get_ydata(), fitted.loss_curve_)
         assert display.axes_[0].get_ylabel() == "Mean loss"
+    options = {"family": "poisson", "max_iter": 2, "tol": 1.0, "random_state": 0}
+    deep = ExpFamilyDEQ(2, hidden_layer_sizes=(3,), **options).fit(counts)
+    assert ConvergenceDisplay.from_estimator(deep).axes_[0].get_xlabel() == "Epoch"
 
 
 def test_convergence_of_a_pipeline(digits):

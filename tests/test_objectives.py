@@ -185,3 +185,11 @@ def test_weight_redundancy_agrees_with_autograd_and_numpy():
     value, gradient = weight_redundancy(torch.zeros(3, 2))
     assert value == 0
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_elementwise_in_any_shape(name):
+    activation, a = ACTIVATIONS[name], torch.linspace(-3, 3, 8, dtype=torch.float64)
+    for function in (activation.value, activation.derivative):
+        assert function(a[0]).shape == ()
+        np.testing.assert_array_equal(function(a), function(a.view(2, 2, 2)).flatten())
