@@ -197,14 +197,16 @@ class ExpFamilyDEQ(
     ----------
     components_ : ndarray of shape (n_components, n_features)
         Orthonormal basis of the loadings, in order of decreasing variance of the scores. With
-        hidden layers, of the average derivative of the linear predictor in the top latents.
+        hidden layers, of the average derivative of the linear predictor in the top latents. With
+        ``loadings="conv2d"`` there is a row for each place of each of the kernels.
     intercept_ : ndarray of shape (n_features,)
         The intercept b. Of a feature that is at one end of the support wherever it is observed,
         such as a gene without a count, it is half an observation inside, and dense loadings are
         zero.
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
-        (n_features, h_1), with hidden layers.
+        (n_features, h_1), with hidden layers; a column for each place of each of the kernels with
+        ``loadings="conv2d"``.
     kernels_ : ndarray of shape (n_components, n_channels, kernel_height, kernel_width)
         With ``loadings="conv2d"``: orthonormal kernels, of which `components_` has a copy for
         each place, in order of decreasing variance of their maps.

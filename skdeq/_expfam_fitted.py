@@ -183,10 +183,7 @@ class FittedLatents(LatentLayout):
 
 def narrowed(result: FixedPointResult, setting: Setting) -> FixedPointResult:
     """Return a result in the type of the data."""
-    dtype = setting.narrow
-    if dtype is None:
-        return result
-    return replace(result, value=result.value.to(dtype), residual=result.residual.to(dtype))
+    return result if setting.narrow is None else result.to(setting.narrow)
 
 
 def top_latents(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.Tensor:

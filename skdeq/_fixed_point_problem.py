@@ -1,6 +1,6 @@
 """What a fixed-point problem offers its solvers, and what they return."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -50,6 +50,10 @@ class FixedPointResult:
     converged: Tensor
     n_iter: Tensor
     layer_sizes: tuple[int, ...] = field(default=(), repr=False)
+
+    def to(self, dtype: torch.dtype) -> "FixedPointResult":
+        """Return the same result in another floating point type."""
+        return replace(self, value=self.value.to(dtype), residual=self.residual.to(dtype))
 
     @property
     def layers(self) -> tuple[Tensor, ...]:

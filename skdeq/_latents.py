@@ -103,11 +103,7 @@ def solve_latents(
             max_iter=max_iter,
             start=None if start is None else start.double(),
         )
-        return replace(
-            result,
-            value=result.value.to(loadings.dtype),
-            residual=result.residual.to(loadings.dtype),
-        )
+        return result.to(loadings.dtype)
     bound = setting.family.variance_bound
     bounded = bound is not None
     finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not upper

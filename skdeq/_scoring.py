@@ -195,10 +195,12 @@ class Scoring:
                 self._share = min(1.0, _CAUTION * self._share)
                 latents, objective = self._rows(point)
             if not objective <= last and accepted is not None:
-                # A step beyond the bound of the curvature went too far: take it back.
+                # A step beyond the bound of the curvature went too far, unless it is rounding that
+                # tells the two apart: take it back.
+                is_rest = objective - last <= self._rounding(point, last)
                 point, momentum, self._share = accepted, 1.0, 1.0
                 latents, objective = self._rows(point)
-                refused += 1
+                refused = 0 if is_rest else refused + 1
             else:
                 refused = 0
             accepted = point
@@ -219,6 +221,13 @@ class Scoring:
             if self.converged or stop or refused > _MOST_REFUSED:
                 break
         return self._checked(model, accepted)
+
+    def _rounding(self, model: LatentModel, objective: float) -> float:
+        """Error that rounding of the predictors may make in a mean objective."""
+        sizes = self.setting.family.statistics_(model.intercept.clone(), log_partition=True)[0]
+        # A and T(x) eta nearly cancel far from the origin.
+        terms = abs(objective) + 2 * float(sizes.abs().double().sum())
+        return torch.finfo(sizes.dtype).eps * terms
 
     def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""

@@ -1215,3 +1215,15 @@ def test_rows_for_which_float32_has_too_few_digits_are_not_certified():
     assert error[single.converged].max() < 0.05 < error.max()
     with pytest.warns(ConvergenceWarning, match="pass float64 data"):
         fitted.transform(gaps)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 10.0}, {"weight_decay": 0.3}], ids=str)
+@pytest.mark.parametrize("origin", [1e5, 1e6])
+def test_rounding_far_from_the_origin_is_no_want_of_convergence(options, origin):
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=(300, 2)) @ rng.normal(size=(2, 6)) + rng.normal(size=(300, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        far = ExpFamilyDEQ(2, random_state=0, **options).fit(X + origin)
+    near = ExpFamilyDEQ(2, random_state=0, **options).fit(X)
+    assert_allclose(far.components_, near.components_, atol=1e-4)
