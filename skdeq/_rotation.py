@@ -163,10 +163,9 @@ def explained_deviance(
         def along(share: float, values: Tensor) -> Tensor:
             return predict(values) + offset + (1 - share) * gap_at_zero
 
-        def deviance(predictor: Tensor) -> Tensor:
-            gap = best - statistic * family.canonical(predictor)
-            gap += family.statistics_(predictor.clone(), log_partition=True)[0]
-            return 2 * (torch.where(observed, gap, 0.0).sum(1) * weights).double().sum()
+        def log_likelihood(predictor: Tensor) -> Tensor:
+            log_partition = family.statistics_(predictor.clone(), log_partition=True)[0]
+            return statistic * family.canonical(predictor) - log_partition
 
         parts = torch.zeros(k, dtype=torch.float64, device=x.device)
         for node, share in zip(nodes, shares, strict=True):
@@ -178,8 +177,14 @@ def explained_deviance(
             (pulled,) = torch.autograd.grad(predictor, values, slope)
             moved = pulled * some * weights.unsqueeze(1)
             parts -= 2 * float(share) * moved.double().sum(0)
-        ends = [deviance(along(0.0, torch.zeros_like(some))), deviance(along(1.0, some))]
-        return torch.cat([torch.stack(ends), parts])
+        ends = [
+            log_likelihood(along(0.0, torch.zeros_like(some))),
+            log_likelihood(along(1.0, some)),
+        ]
+        # A density without a bound may be higher there than where the saturated one is cut off.
+        best = torch.maximum(best, torch.maximum(*ends))
+        gaps = [torch.where(observed, best - one, 0.0).sum(1) * weights for one in ends]
+        return torch.cat([2 * torch.stack(gaps).double().sum(1), parts])
 
     size = max(1, 2**19 // p)
     largest = 0.0

@@ -1227,3 +1227,14 @@ def test_rounding_far_from_the_origin_is_no_want_of_convergence(options, origin)
         far = ExpFamilyDEQ(2, random_state=0, **options).fit(X + origin)
     near = ExpFamilyDEQ(2, random_state=0, **options).fit(X)
     assert_allclose(far.components_, near.components_, atol=1e-4)
+
+
+def test_a_density_without_a_bound_leaves_the_scores_of_images_alone():
+    X, y = load_digits(return_X_y=True)
+    # Of a pixel that is nearly always 0 the density there is far above that of the cut-off.
+    X = X / 16 * (X > 4)
+    fitted = ExpFamilyDEQ(8, family="continuous_bernoulli", random_state=0).fit(X[:900])
+    assert 0.1 < fitted.explained_deviance_ratio_.sum() < 1
+    classifier = LogisticRegression(max_iter=1000)
+    pipeline = make_pipeline(StandardScaler(), classifier).fit(fitted.transform(X[:900]), y[:900])
+    assert pipeline.score(fitted.transform(X[900:]), y[900:]) > 0.75

@@ -103,7 +103,7 @@ def benchmark(mnist, options):
             lambda X, seed: fit_raw(X, seed, options.epochs),
             ("93.43 +- 0.38", "0.268", "50,240"),
         ),
-        f"ImplicitEMEncoder, defaults (SGD, {DEFAULT_EPOCHS} epochs)": (
+        f"ImplicitEMEncoder, defaults but max_iter={DEFAULT_EPOCHS} (SGD)": (
             fit_default,
             ("", "", ""),
         ),

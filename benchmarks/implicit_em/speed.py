@@ -37,7 +37,7 @@ def fits_table(mnist, options):
         ["probe accuracy, %, mean +- sd", mean_and_sd(accuracies), f"{ACCURACY_TARGET}"],
     ]
     return common.table(
-        [f"defaults, max_iter={DEFAULT_EPOCHS}, {len(runs)} seeds", "", "target"], rows
+        [f"defaults but max_iter={DEFAULT_EPOCHS}, {len(runs)} seeds", "", "target"], rows
     )
 
 
