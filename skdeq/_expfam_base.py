@@ -213,8 +213,10 @@ class LatentVariableEstimator(FittedLatents):
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
         )
-        if not of_stream and abs(removed) < NEXT_TO_NOTHING:
-            # Dust, which a StandardScaler would blow up. Of one batch it says nothing.
+        # Deviances go with the squares of what predictors move.
+        is_dust = abs(removed) < NEXT_TO_NOTHING and largest < NEXT_TO_NOTHING**0.5
+        if is_dust and not of_stream:
+            # A StandardScaler would blow it up. Of one batch it says nothing.
             self._to_scores = np.zeros_like(self._to_scores)
         # Of a convolution, the places of each map together.
         explained = explained.reshape(int(self.n_components), -1).sum(1)
