@@ -10,7 +10,7 @@ Three things make the plain alternation fast:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -160,8 +160,25 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
         solution, _ = self._adaptive_half(problem, start, torch.ones_like(model.intercept))
-        model = self._model(problem, start, solution, model.latents)
+        model = self._shrunk(self._model(problem, start, solution, model.latents))
         return balance(self.setting, model)(model)
+
+    def _shrunk(self, model: LatentModel) -> LatentModel:
+        r"""Give loadings of unit latents the sizes that they have at the optimum, where known.
+
+        Of complete Gaussian data of variance v the optimum is principal components whose sizes
+        are less by :math:`\sqrt{\alpha \beta} / v`, as of a penalised nuclear norm.
+        """
+        setting = self.setting
+        family, decay = setting.family, setting.weight_decay
+        known = family.is_canonical and family.self_concordance == 0 and decay > 0
+        if not known or setting.observations.missing is not None:
+            return model
+        variance = family.variance(model.intercept[:1])
+        penalised = model.loadings.norm(dim=0)
+        size = penalised * (1 + decay / variance) - (setting.alpha * decay) ** 0.5 / variance
+        shares = torch.where(penalised > 0, size.clamp_min(0) / penalised, 0.0)
+        return replace(model, loadings=model.loadings * shares)
 
     def run(self, model: LatentModel, null_objective: float) -> LatentModel:
         """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""

@@ -20,6 +20,10 @@ _POWER_ITERATIONS = 3
 # Up to this size the decomposition is exact, and the seed does not matter.
 _EXACT_ENTRIES = 4e6
 _EXACT_FLOPS = 2e9
+# Of complete Gaussian data the exact one is the answer but for its shrinkage. It costs as much as
+# three iterations of the fit for so many rows or features, if fewer, to each component, and saves
+# most of them: of MNIST (k = 64) 19 of 22.
+_EXACT_SHARE = 16
 # Pearson residuals are divided by the standard deviation of their feature, but no feature is
 # taken to vary less than this share of the average: rare features would otherwise fill the
 # leading directions with single entries.
@@ -214,7 +218,7 @@ def spectral_start(
 ) -> LatentModel:
     """Latents with unit second moments from an SVD; loadings are still zero.
 
-    The SVD is exact for small data and randomised for large.
+    The SVD is exact for small data and, where that pays, for Gaussian data, else randomised.
 
     Parameters
     ----------
@@ -238,6 +242,8 @@ def spectral_start(
         setting, intercept, on_link_scale
     )
     exact = n * p <= _EXACT_ENTRIES and n * p * min(n, p) <= _EXACT_FLOPS
+    if setting.family.self_concordance == 0 and setting.observations.missing is None:
+        exact |= min(n, p) <= _EXACT_SHARE * n_components
     if exact and p <= n:
         basis = torch.eye(p, dtype=intercept.dtype, device=intercept.device)
     else:

@@ -1239,3 +1239,24 @@ def test_a_density_without_a_bound_leaves_the_scores_of_images_alone():
     classifier = LogisticRegression(max_iter=1000)
     pipeline = make_pipeline(StandardScaler(), classifier).fit(fitted.transform(X[:900]), y[:900])
     assert pipeline.score(fitted.transform(X[900:]), y[900:]) > 0.75
+
+
+@pytest.mark.parametrize("shape", [(600, 40), (40, 600)], ids=str)
+def test_complete_gaussian_data_start_at_their_optimum(shape, monkeypatch):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=shape) + 3 * rng.normal(size=(shape[0], 3)) @ rng.normal(
+        size=(3, shape[1])
+    )
+    # As of data that are too large for it, but that they are Gaussian.
+    monkeypatch.setattr("skdeq._spectral._EXACT_ENTRIES", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        first = ExpFamilyDEQ(3, weight_decay=0.3, max_iter=1, random_state=0).fit(X)
+    values = np.linalg.svd(X - X.mean(axis=0), compute_uv=False)
+    # The singular values less sqrt(n alpha n weight_decay), as of a penalised nuclear norm.
+    n = len(X)
+    shrunk = np.maximum(values[:3] - n * np.sqrt(0.3 / n), 0)
+    fitted = first.transform(X) @ first.components_
+    np.testing.assert_allclose(
+        np.linalg.svd(fitted - fitted.mean(axis=0), compute_uv=False)[:3], shrunk, rtol=1e-5
+    )
