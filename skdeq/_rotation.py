@@ -222,8 +222,7 @@ def _drawn_rows(n: int, most: int) -> torch.Tensor:
 
 def _quadrature(largest: float) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on [0, 1] for functions of predictors that move by so much at most."""
-    # A slope that is linear along the line, or does not change, is integrated by its middle.
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES if largest else 1)
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     edges = [1.0]
     while _RESOLVED < largest * edges[0] < np.inf and len(edges) < _MOST_INTERVALS:
         edges.insert(0, edges[0] / _LONGER)
