@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import sample
+from conftest import layers_of, log_joint, sample
 from scipy import sparse
 from scipy.stats import multivariate_normal
 
@@ -26,31 +26,6 @@ def deep(family="poisson", hidden=(4,), k=2, X=None, **options):
     return ExpFamilyDEQ(k, family=family, hidden_layer_sizes=hidden, **options).fit(X), X
 
 
-def layers_of(model):
-    """Loadings and intercepts of every layer as tensors."""
-    pairs = [(model.loadings_, model.intercept_)]
-    pairs += zip(model.hidden_loadings_, model.hidden_intercepts_, strict=True)
-    return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
-
-
-def log_joint(model, x, parts):
-    """Log joint density of one row and its latents, from the library's families and torch."""
-    (loadings, intercept), *upper = layers_of(model)
-    eta = get_canonical_map(model.canonical_map).value(loadings @ parts[0] + intercept)
-    family = get_family(model.family)
-    seen = ~torch.isnan(x)
-    total = family.log_prob(torch.where(seen, x, 1.0), eta)[seen].sum()
-    deviation = torch.tensor(model.alpha, dtype=x.dtype).rsqrt()
-    means = [
-        get_canonical_map(model.hidden_map).value(W @ above + b)
-        for (W, b), above in zip(upper, parts[1:], strict=True)
-    ]
-    means.append(torch.zeros_like(parts[-1]))
-    for part, mean in zip(parts, means, strict=True):
-        total = total + torch.distributions.Normal(mean, deviation).log_prob(part).sum()
-    return total
-
-
 @pytest.mark.parametrize("hidden_map", MAPS)
 @pytest.mark.parametrize("family", ["gaussian", "bernoulli", "poisson", "gamma"])
 def test_latents_of_all_layers_are_a_local_maximum_of_the_log_joint(family, hidden_map):
@@ -65,7 +40,7 @@ def test_latents_of_all_layers_are_a_local_maximum_of_the_log_joint(family, hidd
         x = torch.from_numpy(X[row])
 
         def density(joint, x=x, sizes=sizes):
-            return log_joint(model, x, list(joint.split(sizes)))
+            return log_joint(model, x, *joint.split(sizes))
 
         joint = torch.cat(parts)
         zeta = layers_of(model)[1][0] @ parts[1] + layers_of(model)[1][1]
@@ -102,7 +77,7 @@ def test_maps_and_hidden_layers_together_are_solved(family, canonical_map):
     for row in range(0, len(X), 9):
         x = torch.from_numpy(X[row])
         joint = torch.from_numpy(np.concatenate([part[row] for part in result.layers]))
-        gradient = torch.func.grad(lambda z, x=x: log_joint(model, x, list(z.split(sizes))))(joint)
+        gradient = torch.func.grad(lambda z, x=x: log_joint(model, x, *z.split(sizes)))(joint)
         assert float(gradient.abs().max()) < 1e-6
 
 
@@ -134,8 +109,8 @@ def test_deep_model_beats_one_layer_on_data_of_two_layers():
         """Mean log joint of held-out rows at their MAP latents, all constants kept."""
         result = model.map_latents(test)
         assert result.converged.all()
-        rows = zip(torch.from_numpy(test), *map(torch.from_numpy, result.layers), strict=True)
-        return np.mean([float(log_joint(model, x, list(parts))) for x, *parts in rows])
+        parts = map(torch.from_numpy, result.layers)
+        return float(log_joint(model, torch.from_numpy(test), *parts).mean())
 
     two = ExpFamilyDEQ(2, hidden_layer_sizes=(15,), max_iter=30, **options).fit(train)
     wide = ExpFamilyDEQ(15, **options).fit(train)
@@ -247,7 +222,7 @@ def test_certificates_of_deep_rows_are_honest(fixed_point):
     assert result.converged.mean() > (0.3 if fixed_point == "picard" else 0.99)
     for row in np.flatnonzero(result.converged)[::10]:
         parts = [torch.from_numpy(part[row].copy()).requires_grad_() for part in result.layers]
-        gradients = torch.autograd.grad(log_joint(model, torch.from_numpy(X[row]), parts), parts)
+        gradients = torch.autograd.grad(log_joint(model, torch.from_numpy(X[row]), *parts), parts)
         assert max(float(one.abs().max()) for one in gradients) < 1e-4
 
 
@@ -274,7 +249,7 @@ def test_sparse_missing_float32_pickle_and_stream():
     result = left_out.map_latents(holes)
     assert result.converged.all()
     row = [torch.from_numpy(part[5].copy()).requires_grad_() for part in result.layers]
-    gradients = torch.autograd.grad(log_joint(left_out, torch.from_numpy(holes[5]), row), row)
+    gradients = torch.autograd.grad(log_joint(left_out, torch.from_numpy(holes[5]), *row), row)
     assert max(float(one.abs().max()) for one in gradients) < 1e-4
     before = model.score(X)
     stream = pickle.loads(pickle.dumps(model)).set_params(learning_rate=0.005)
