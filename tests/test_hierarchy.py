@@ -8,6 +8,7 @@ import torch
 from conftest import layers_of, log_joint, sample
 from scipy import sparse
 from scipy.stats import multivariate_normal
+from sklearn.exceptions import ConvergenceWarning
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq._latents import solve_latents
@@ -22,7 +23,8 @@ MAPS = ("identity", "relu", "softplus", "tanh")
 
 def deep(family="poisson", hidden=(4,), k=2, X=None, **options):
     X = sample(family) if X is None else X
-    options = {"max_iter": 15, "tol": 1e-2, "random_state": 0, **options}
+    # At a precision of one, what multiplies and what divides by it are the same.
+    options = {"alpha": 1.3, "max_iter": 15, "tol": 1e-2, "random_state": 0, **options}
     return ExpFamilyDEQ(k, family=family, hidden_layer_sizes=hidden, **options).fit(X), X
 
 
@@ -119,6 +121,32 @@ def test_deep_model_beats_one_layer_on_data_of_two_layers():
     # model has one more constant of the prior, which is to its disadvantage where alpha < 2 pi.
     assert held_out(two) > held_out(wide)
     assert two.score(test) > max(wide.score(test), narrow.score(test))
+
+
+def test_objective_is_the_documented_one():
+    decay = 0.2
+    options = {"weight_decay": decay, "max_iter": 1, "tol": 0.0}
+    with pytest.warns(ConvergenceWarning):
+        model, X = deep("poisson", alpha=2.5, **options)
+    parts = map(torch.from_numpy, model.map_latents(X).layers)
+    joint = log_joint(model, torch.from_numpy(X), *parts)
+    # The constants of the prior of six latents are no part of it.
+    joint = joint - 6 / 2 * np.log(2.5 / (2 * np.pi))
+    penalty = sum(float(loadings.square().sum()) for loadings, _ in layers_of(model))
+    expected = -float(joint.mean()) + decay / 2 * penalty
+    # A fit keeps the best of its start and its epochs.
+    assert min(model.loss_curve_) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weighted_scores_are_those_of_repeated_rows():
+    X = sample("gaussian", n=60)
+    weight = np.random.default_rng(0).integers(1, 6, size=60)
+    # One minibatch, in which the order of the rows does not count.
+    options = {"hidden_layer_sizes": (4,), "batch_size": 400, "max_iter": 5, "tol": 1.0}
+    weighted = ExpFamilyDEQ(2, random_state=0, **options).fit(X, sample_weight=weight)
+    repeated = ExpFamilyDEQ(2, random_state=0, **options).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.components_, repeated.components_, atol=1e-6)
+    np.testing.assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-6)
 
 
 @pytest.mark.parametrize("hidden_map", ["tanh", "relu"])
@@ -271,7 +299,13 @@ def test_same_seed_same_bytes():
 def test_gradcheck_of_the_deep_layer(hidden_map):
     torch.manual_seed(0)
     layer = EquilibriumLayer(
-        6, 2, family="poisson", hidden_layer_sizes=(3,), hidden_map=hidden_map, tol=1e-13
+        6,
+        2,
+        family="poisson",
+        hidden_layer_sizes=(3,),
+        hidden_map=hidden_map,
+        alpha=2.5,
+        tol=1e-13,
     ).double()
     x = torch.poisson(torch.full((4, 6), 2.0)).double()
     names = [name for name, _ in layer.named_parameters()]
@@ -289,7 +323,8 @@ def test_module_returns_what_transform_returns(whiten):
     layer = model.to_module()
     output = layer(torch.from_numpy(X))
     np.testing.assert_allclose(output.detach().numpy(), model.transform(X), atol=1e-9)
-    again = EquilibriumLayer(9, 2, family="poisson", hidden_layer_sizes=(5, 3)).double()
+    options = {"hidden_layer_sizes": (5, 3), "alpha": model.alpha}
+    again = EquilibriumLayer(9, 2, family="poisson", **options).double()
     again.load_state_dict(layer.state_dict())
     np.testing.assert_allclose(again(torch.from_numpy(X)).detach(), output.detach(), atol=1e-6)
     assert [one.shape[1] for one in layer.certify(torch.from_numpy(X)).layers] == [5, 3, 2]
