@@ -11,6 +11,7 @@ from skdeq.families import (
     Binomial,
     Gamma,
     NegativeBinomial,
+    get_canonical_map,
     get_family,
 )
 
@@ -61,6 +62,28 @@ def sample(family, n=80, p=9, k=2, seed=0):
         return rng.gamma(family.shape, mean / family.shape) + 1e-6
     assert name == "rademacher"
     return np.where(rng.random((n, p)) < (1 + mean) / 2, 1.0, -1.0)
+
+
+def layers_of(model):
+    """Loadings and intercepts of every layer as tensors."""
+    pairs = [(model.loadings_, model.intercept_)]
+    pairs += zip(model.hidden_loadings_, model.hidden_intercepts_, strict=True)
+    return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+
+
+def log_joint(model, x, *parts):
+    """Log joint density of rows and their latents in each layer, with torch's normal law."""
+    (loadings, intercept), *upper = layers_of(model)
+    eta = get_canonical_map(model.canonical_map).value(parts[0] @ loadings.T + intercept)
+    seen = ~torch.isnan(x)
+    terms = get_family(model.family).log_prob(torch.where(seen, x, 1.0), eta)
+    total = torch.where(seen, terms, 0.0).sum(-1)
+    above = get_canonical_map(model.hidden_map).value
+    means = [above(z @ W.T + b) for (W, b), z in zip(upper, parts[1:], strict=True)]
+    means.append(torch.zeros_like(parts[-1]))
+    for part, mean in zip(parts, means, strict=True):
+        total = total + torch.distributions.Normal(mean, model.alpha**-0.5).log_prob(part).sum(-1)
+    return total
 
 
 FAMILY_OBJECTS = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import FAMILY_OBJECTS, sample
+from conftest import FAMILY_OBJECTS, log_joint, sample
 from scipy.optimize import lsq_linear
 
 from skdeq import ExpFamilyDEQ
@@ -53,13 +53,6 @@ def X_statistic(family, X):
     return get_family(family).sufficient(torch.from_numpy(X)).numpy()
 
 
-def log_joint(deq, X, latents):
-    zeta = latents @ torch.from_numpy(deq.loadings_).T + torch.from_numpy(deq.intercept_)
-    eta = get_canonical_map(deq.canonical_map).value(zeta)
-    likelihood = get_family(deq.family).log_prob(torch.from_numpy(X), eta).sum(1)
-    return likelihood - 0.5 * deq.alpha * latents.square().sum(1)
-
-
 @pytest.mark.parametrize(
     ("family", "canonical_map"),
     [
@@ -76,7 +69,7 @@ def test_fixed_point_is_a_minimum_of_the_log_joint(family, canonical_map):
     result = deq.map_latents(X)
     assert result.converged.all()
     latents = torch.from_numpy(result.value).requires_grad_()
-    value = log_joint(deq, X, latents)
+    value = log_joint(deq, torch.from_numpy(X), latents)
     (gradient,) = torch.autograd.grad(value.sum(), latents)
     gradient = gradient.numpy().copy()
     zeta = result.value @ deq.loadings_.T + deq.intercept_
@@ -95,7 +88,7 @@ def test_fixed_point_is_a_minimum_of_the_log_joint(family, canonical_map):
     for size in (1e-6, 1e-5) if canonical_map == "relu" else (1e-4, 1e-3):
         for _ in range(10):
             step = torch.from_numpy(rng.normal(size=latents.shape) * size)
-            moved = log_joint(deq, X, latents.detach() + step)
+            moved = log_joint(deq, torch.from_numpy(X), latents.detach() + step)
             assert bool((moved <= value.detach() + 1e-9 * value.detach().abs()).all())
 
 

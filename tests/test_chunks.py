@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from conftest import CUDA, sample
 
@@ -152,6 +153,16 @@ def test_encoding_short_of_memory(monkeypatch, one_thread):
     )
     with pytest.warns(RuntimeWarning, match="500 rows at a time"):
         np.testing.assert_allclose(encoder.transform(X), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_a_bad_entry_of_a_later_chunk_is_named(layout, monkeypatch):
+    for module in ("_data", "_validation"):
+        monkeypatch.setattr(f"skdeq.{module}.CHUNK_ENTRIES", 50)
+    X = sample("poisson", n=100) + 1
+    X[73, 4] = -2
+    with pytest.raises(ValueError, match="row 73, column 4 of X is -2"):
+        ExpFamilyDEQ(2, family="poisson").fit(layout(X))
 
 
 class TestMemoryOfACard:

@@ -1,14 +1,19 @@
 """Convolutional loadings, against torch's own convolutions and the model with dense loadings."""
 
+import copy
+
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
+from conftest import log_joint
 from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq._convolution import Convolution
+from skdeq._data import to_observations
 from skdeq._latents import solve_latents
 from skdeq._model import Setting
 from skdeq._observations import Observations
@@ -156,7 +161,6 @@ def test_scores_are_maps_in_the_basis_of_the_kernels():
     assert scores.shape == (300, 2 * 4 * 4)
     assert model.kernels_.shape == (2, 1, 3, 3)
     assert model.components_.shape == (32, 64)
-    assert len(model.explained_deviance_ratio_) == 2
     assert len(model.get_feature_names_out()) == 32
     convolution = Convolution((1, 8, 8), (3, 3), 2)
     kernels = torch.from_numpy(model.kernels_.reshape(2, -1))
@@ -168,6 +172,68 @@ def test_scores_are_maps_in_the_basis_of_the_kernels():
     )
     variances = scores.reshape(300, 2, 16).var(0).mean(1)
     assert variances[0] >= variances[1]
+
+
+def test_shares_of_the_kernels_add_up_to_what_their_images_explain():
+    X = load_digits().data[:150]
+    model = fitted("gaussian", X)
+    assert len(model.explained_deviance_ratio_) == 2
+    left = np.square(X - model.inverse_transform(model.transform(X))).sum()
+    expected = 1 - left / np.square(X - X.mean(axis=0)).sum()
+    assert model.explained_deviance_ratio_.sum() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_gaps_and_sparse_rows(layout):
+    X = np.round(load_digits().data[:120])
+    X[np.random.default_rng(0).random(X.shape) < 0.1] = np.nan
+    X[7] = np.nan
+    options = {"fixed_point_tol": 1e-10, "alpha": 1.3, "whiten": True}
+    expected = fitted("poisson", X, **options)
+    model = fitted("poisson", layout(X), **options)
+    # Sums in another order: what a dozen steps of Adam make of rounding.
+    np.testing.assert_allclose(model.loadings_, expected.loadings_, atol=1e-7)
+    result = model.map_latents(layout(X))
+    assert result.converged.all()
+    assert not result.value[7].any()
+    assert np.isfinite(model.score_samples(layout(X))).all()
+    # Rows are at rest under what is seen of them alone.
+    z, x = torch.from_numpy(result.value).requires_grad_(), torch.from_numpy(X)
+    (gradient,) = torch.autograd.grad(log_joint(model, x, z).sum(), z)
+    assert float(gradient.abs().max()) < 1e-8
+
+
+def test_gaps_say_nothing_of_the_first_kernels():
+    X = torch.from_numpy(np.round(load_digits().data[:120]))
+    holes = X.masked_fill(torch.rand(X.shape) < 0.2, torch.nan)
+    mean = holes.nanmean(0).clamp_min(0.1)
+    # An entry at its mean has no residual.
+    filled = torch.where(torch.isnan(holes), mean, holes)
+    family, convolution = get_family("poisson"), Convolution((1, 8, 8), (3, 3), 2)
+    kernels = [
+        convolution.start(family, to_observations(one, family, one.device), mean.log(), 2)
+        for one in (holes, filled)
+    ]
+    torch.testing.assert_close(*kernels)
+
+
+def test_weights_of_a_minibatch_are_repetition():
+    X = digits(60)[0]
+    weight = np.random.default_rng(0).integers(1, 4, size=60)
+    # One minibatch, in which the order of the rows does not count, and from the same kernels: the
+    # first ones are those of the rows without their weights.
+    start = fitted(X=X, batch_size=200, max_iter=4, tol=1.0, warm_start=True)
+    weighted, repeated = copy.deepcopy(start), copy.deepcopy(start)
+    weighted.fit(X, sample_weight=weight)
+    repeated.fit(np.repeat(X, weight, axis=0))
+    assert np.abs(weighted.loadings_ - start.loadings_).max() > 1e-3
+    np.testing.assert_allclose(weighted.loadings_, repeated.loadings_, atol=1e-7)
+    np.testing.assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-6)
+    np.testing.assert_allclose(
+        weighted.explained_deviance_ratio_, repeated.explained_deviance_ratio_, atol=1e-7
+    )
+    expected = np.repeat(weighted.score_samples(X), weight).mean()
+    assert weighted.score(X, sample_weight=weight) == pytest.approx(expected, rel=1e-10)
 
 
 def test_module_keeps_the_kernels_tied_in_training():

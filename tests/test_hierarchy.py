@@ -5,10 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import sample
+from conftest import layers_of, log_joint, sample
 from scipy import sparse
 from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
@@ -24,33 +25,9 @@ MAPS = ("identity", "relu", "softplus", "tanh")
 
 def deep(family="poisson", hidden=(4,), k=2, X=None, **options):
     X = sample(family) if X is None else X
-    options = {"max_iter": 15, "tol": 1e-2, "random_state": 0, **options}
+    # At a precision of one, what multiplies and what divides by it are the same.
+    options = {"alpha": 1.3, "max_iter": 15, "tol": 1e-2, "random_state": 0, **options}
     return ExpFamilyDEQ(k, family=family, hidden_layer_sizes=hidden, **options).fit(X), X
-
-
-def layers_of(model):
-    """Loadings and intercepts of every layer as tensors."""
-    pairs = [(model.loadings_, model.intercept_)]
-    pairs += zip(model.hidden_loadings_, model.hidden_intercepts_, strict=True)
-    return [tuple(map(torch.from_numpy, pair)) for pair in pairs]
-
-
-def log_joint(model, x, parts):
-    """Log joint density of one row and its latents, from the library's families and torch."""
-    (loadings, intercept), *upper = layers_of(model)
-    eta = get_canonical_map(model.canonical_map).value(loadings @ parts[0] + intercept)
-    family = get_family(model.family)
-    seen = ~torch.isnan(x)
-    total = family.log_prob(torch.where(seen, x, 1.0), eta)[seen].sum()
-    deviation = torch.tensor(model.alpha, dtype=x.dtype).rsqrt()
-    means = [
-        get_canonical_map(model.hidden_map).value(W @ above + b)
-        for (W, b), above in zip(upper, parts[1:], strict=True)
-    ]
-    means.append(torch.zeros_like(parts[-1]))
-    for part, mean in zip(parts, means, strict=True):
-        total = total + torch.distributions.Normal(mean, deviation).log_prob(part).sum()
-    return total
 
 
 @pytest.mark.parametrize("hidden_map", MAPS)
@@ -67,7 +44,7 @@ def test_latents_of_all_layers_are_a_local_maximum_of_the_log_joint(family, hidd
         x = torch.from_numpy(X[row])
 
         def density(joint, x=x, sizes=sizes):
-            return log_joint(model, x, list(joint.split(sizes)))
+            return log_joint(model, x, *joint.split(sizes))
 
         joint = torch.cat(parts)
         zeta = layers_of(model)[1][0] @ parts[1] + layers_of(model)[1][1]
@@ -104,7 +81,7 @@ def test_maps_and_hidden_layers_together_are_solved(family, canonical_map):
     for row in range(0, len(X), 9):
         x = torch.from_numpy(X[row])
         joint = torch.from_numpy(np.concatenate([part[row] for part in result.layers]))
-        gradient = torch.func.grad(lambda z, x=x: log_joint(model, x, list(z.split(sizes))))(joint)
+        gradient = torch.func.grad(lambda z, x=x: log_joint(model, x, *z.split(sizes)))(joint)
         assert float(gradient.abs().max()) < 1e-6
 
 
@@ -136,8 +113,8 @@ def test_deep_model_beats_one_layer_on_data_of_two_layers():
         """Mean log joint of held-out rows at their MAP latents, all constants kept."""
         result = model.map_latents(test)
         assert result.converged.all()
-        rows = zip(torch.from_numpy(test), *map(torch.from_numpy, result.layers), strict=True)
-        return np.mean([float(log_joint(model, x, list(parts))) for x, *parts in rows])
+        parts = map(torch.from_numpy, result.layers)
+        return float(log_joint(model, torch.from_numpy(test), *parts).mean())
 
     two = ExpFamilyDEQ(2, hidden_layer_sizes=(15,), max_iter=30, **options).fit(train)
     wide = ExpFamilyDEQ(15, **options).fit(train)
@@ -146,6 +123,32 @@ def test_deep_model_beats_one_layer_on_data_of_two_layers():
     # model has one more constant of the prior, which is to its disadvantage where alpha < 2 pi.
     assert held_out(two) > held_out(wide)
     assert two.score(test) > max(wide.score(test), narrow.score(test))
+
+
+def test_objective_is_the_documented_one():
+    decay = 0.2
+    options = {"weight_decay": decay, "max_iter": 1, "tol": 0.0}
+    with pytest.warns(ConvergenceWarning):
+        model, X = deep("poisson", alpha=2.5, **options)
+    parts = map(torch.from_numpy, model.map_latents(X).layers)
+    joint = log_joint(model, torch.from_numpy(X), *parts)
+    # The constants of the prior of six latents are no part of it.
+    joint = joint - 6 / 2 * np.log(2.5 / (2 * np.pi))
+    penalty = sum(float(loadings.square().sum()) for loadings, _ in layers_of(model))
+    expected = -float(joint.mean()) + decay / 2 * penalty
+    # A fit keeps the best of its start and its epochs.
+    assert min(model.loss_curve_) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weighted_scores_are_those_of_repeated_rows():
+    X = sample("gaussian", n=60)
+    weight = np.random.default_rng(0).integers(1, 6, size=60)
+    # One minibatch, in which the order of the rows does not count.
+    options = {"hidden_layer_sizes": (4,), "batch_size": 400, "max_iter": 5, "tol": 1.0}
+    weighted = ExpFamilyDEQ(2, random_state=0, **options).fit(X, sample_weight=weight)
+    repeated = ExpFamilyDEQ(2, random_state=0, **options).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.components_, repeated.components_, atol=1e-6)
+    np.testing.assert_allclose(weighted.transform(X), repeated.transform(X), atol=1e-6)
 
 
 @pytest.mark.parametrize("hidden_map", ["tanh", "relu"])
@@ -249,7 +252,7 @@ def test_certificates_of_deep_rows_are_honest(fixed_point):
     assert result.converged.mean() > (0.3 if fixed_point == "picard" else 0.99)
     for row in np.flatnonzero(result.converged)[::10]:
         parts = [torch.from_numpy(part[row].copy()).requires_grad_() for part in result.layers]
-        gradients = torch.autograd.grad(log_joint(model, torch.from_numpy(X[row]), parts), parts)
+        gradients = torch.autograd.grad(log_joint(model, torch.from_numpy(X[row]), *parts), parts)
         assert max(float(one.abs().max()) for one in gradients) < 1e-4
 
 
@@ -276,7 +279,7 @@ def test_sparse_missing_float32_pickle_and_stream():
     result = left_out.map_latents(holes)
     assert result.converged.all()
     row = [torch.from_numpy(part[5].copy()).requires_grad_() for part in result.layers]
-    gradients = torch.autograd.grad(log_joint(left_out, torch.from_numpy(holes[5]), row), row)
+    gradients = torch.autograd.grad(log_joint(left_out, torch.from_numpy(holes[5]), *row), row)
     assert max(float(one.abs().max()) for one in gradients) < 1e-4
     before = model.score(X)
     stream = pickle.loads(pickle.dumps(model)).set_params(learning_rate=0.005)
@@ -298,7 +301,13 @@ def test_same_seed_same_bytes():
 def test_gradcheck_of_the_deep_layer(hidden_map):
     torch.manual_seed(0)
     layer = EquilibriumLayer(
-        6, 2, family="poisson", hidden_layer_sizes=(3,), hidden_map=hidden_map, tol=1e-13
+        6,
+        2,
+        family="poisson",
+        hidden_layer_sizes=(3,),
+        hidden_map=hidden_map,
+        alpha=2.5,
+        tol=1e-13,
     ).double()
     x = torch.poisson(torch.full((4, 6), 2.0)).double()
     names = [name for name, _ in layer.named_parameters()]
@@ -316,7 +325,8 @@ def test_module_returns_what_transform_returns(whiten):
     layer = model.to_module()
     output = layer(torch.from_numpy(X))
     np.testing.assert_allclose(output.detach().numpy(), model.transform(X), atol=1e-9)
-    again = EquilibriumLayer(9, 2, family="poisson", hidden_layer_sizes=(5, 3)).double()
+    options = {"hidden_layer_sizes": (5, 3), "alpha": model.alpha}
+    again = EquilibriumLayer(9, 2, family="poisson", **options).double()
     again.load_state_dict(layer.state_dict())
     np.testing.assert_allclose(again(torch.from_numpy(X)).detach(), output.detach(), atol=1e-6)
     assert [one.shape[1] for one in layer.certify(torch.from_numpy(X)).layers] == [5, 3, 2]

@@ -23,11 +23,13 @@ PAIRS = [
     ("bernoulli", "softplus"),
     ("poisson", "softplus"),
 ]
+ALPHA = 1.3
 
 
 def layer(family="poisson", canonical_map="identity", **options):
     """Layer with the loadings of a fitted model, so that no row is at the edge of the domain."""
-    options = {"random_state": 0, "whiten": True, **options}
+    # At a precision of one, what multiplies and what divides by it are the same.
+    options = {"random_state": 0, "whiten": True, "alpha": ALPHA, **options}
     deq = ExpFamilyDEQ(2, family=family, canonical_map=canonical_map, **options)
     X = sample(family)
     module = deq.fit(X).to_module()
@@ -81,7 +83,7 @@ def test_agrees_with_unrolling(family):
     z = torch.zeros(5, 2, dtype=x.dtype)
     for _ in range(200):
         # The map damped by half: it contracts for these loadings.
-        z = 0.5 * z + 0.5 * (x - law.mean(z @ loadings.T + intercept)) @ loadings
+        z = 0.5 * z + 0.5 * (x - law.mean(z @ loadings.T + intercept)) @ loadings / ALPHA
     (unrolled,) = torch.autograd.grad(z.square().sum(), loadings)
     ours = as_function(module)(x, loadings, intercept)
     np.testing.assert_allclose(ours.detach(), z.detach(), atol=1e-10)
@@ -108,6 +110,19 @@ def test_module_of_an_estimator_is_its_transform(whiten, dtype, exposure):
     with torch.no_grad():
         module.loadings += 1
     np.testing.assert_array_equal(deq.loadings_, before)
+
+
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_module_has_the_options_of_the_estimator(hidden):
+    X = sample("poisson")
+    options = {"alpha": 3.0, "fixed_point_tol": 1e-9, "fixed_point_max_iter": 77}
+    options |= {"hidden_layer_sizes": hidden, "max_iter": 5, "tol": 1.0, "random_state": 0}
+    deq = ExpFamilyDEQ(2, family="poisson", **options).fit(X)
+    module = deq.to_module()
+    assert (module.alpha, module.tol, module.max_iter) == (3.0, 1e-9, 77)
+    # Both solve their rows to 1e-9.
+    out = module(torch.from_numpy(X)).detach()
+    np.testing.assert_allclose(out, deq.transform(X), atol=1e-7)
 
 
 @pytest.mark.parametrize("canonical_map", ["relu", "softplus", "tanh"])
@@ -163,7 +178,7 @@ def test_inputs_of_other_types_and_none_at_all():
     assert module.certify(x[:0]).converged.shape == (0,)
     with pytest.raises(ValueError, match="x must have shape"):
         module(x[:0, 1:])
-    fresh = EquilibriumLayer(9, 2, family="poisson").double()
+    fresh = EquilibriumLayer(9, 2, family="poisson", alpha=ALPHA).double()
     scores = deq.set_params(whiten=False).to_module()
     fresh.load_state_dict(scores.state_dict())
     np.testing.assert_allclose(fresh(x).detach(), scores(x).detach(), atol=1e-6)
@@ -285,7 +300,7 @@ def test_saves_and_loads_by_state_dict():
 
 def test_states_of_another_type_are_loaded_in_the_layers_own():
     module, x, _ = layer("poisson", exposure="total", whiten=False)
-    fresh = EquilibriumLayer(9, 2, family="poisson")
+    fresh = EquilibriumLayer(9, 2, family="poisson", alpha=ALPHA)
     fresh.load_state_dict(module.state_dict())
     assert {value.dtype for value in fresh.state_dict().values()} == {torch.float32}
     np.testing.assert_allclose(fresh(x).detach(), module(x).detach(), atol=1e-4)

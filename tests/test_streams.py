@@ -9,8 +9,12 @@ import scipy.sparse as sp
 import torch
 from conftest import sample
 from sklearn.utils import gen_batches
+from test_objectives import plain_loss
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
+from skdeq._rotation import latent_covariance, pooled_covariance
+from skdeq.families import get_family
+from skdeq.objectives import ObjectiveWeights
 
 N_BATCHES, ROWS = 6, 40
 
@@ -275,3 +279,78 @@ def test_an_encoder_does_not_begin_with_rows_that_are_the_same():
     np.testing.assert_array_equal(
         encoder.components_, ImplicitEMEncoder(3, random_state=0).partial_fit(X).components_
     )
+
+
+def test_a_stream_is_adam_on_the_objective_at_the_latents_of_each_batch():
+    X = sample("poisson", n=120)
+    options = {"alpha": 1.3, "weight_decay": 0.1, "learning_rate": 0.02, "fixed_point_tol": 1e-12}
+    deq = backbone(**options).partial_fit(X[:40])
+    loadings, intercept = (
+        torch.from_numpy(one).clone().requires_grad_() for one in (deq.loadings_, deq.intercept_)
+    )
+    adam = torch.optim.Adam([loadings, intercept])
+    for step in range(30):
+        batch = X[40:80] if step % 2 else X[80:]
+        z, x = torch.from_numpy(deq.map_latents(batch).value), torch.from_numpy(batch)
+        likelihood = get_family("poisson").log_prob(x, z @ loadings.T + intercept).sum(1)
+        loss = -likelihood.mean() + 0.05 * loadings.square().sum()
+        adam.param_groups[0]["lr"] = 0.02 / (1 + step / 100) ** 0.5
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        deq.partial_fit(batch)
+        np.testing.assert_allclose(deq.loadings_, loadings.detach(), atol=1e-6)
+        np.testing.assert_allclose(deq.intercept_, intercept.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {})],
+    ids=["momentum", "adam"],
+)
+def test_a_stream_of_an_encoder_keeps_the_moments_of_its_optimiser(make, options):
+    X = np.random.default_rng(0).normal(size=(60, 5))
+    solver = "adam" if make is torch.optim.Adam else "sgd"
+    settings = {"lse_weight": 2.0, "learning_rate": 1e-3, "random_state": 0, "solver": solver}
+    encoder = ImplicitEMEncoder(4, **settings, **options).partial_fit(X)
+    layer = torch.from_numpy(encoder._weights).clone().requires_grad_()
+    optimiser = make([layer], lr=1e-3, **options)
+    state = {name: torch.tensor(value) for name, value in encoder._solver_state.items()}
+    assert max(float(one.abs().max()) for one in state.values() if one.shape == layer.shape) > 0
+    optimiser.state[layer] = state
+    rows = torch.from_numpy((X - encoder._location) / encoder._scale)
+    rows = torch.cat([rows, torch.full((60, 1), 13**0.5, dtype=rows.dtype)], dim=1)
+    plain_loss(torch.relu(rows @ layer.T), ObjectiveWeights(lse=2.0)).backward()
+    optimiser.step()
+    # The batch is one minibatch, and the call one step.
+    np.testing.assert_allclose(encoder.partial_fit(X)._weights, layer.detach(), atol=1e-10)
+
+
+def test_a_stream_of_an_encoder_keeps_its_location():
+    X = np.random.default_rng(0).normal(size=(60, 5)) + 50
+    encoder = ImplicitEMEncoder(4, learning_rate=1e-12, random_state=0).partial_fit(X)
+    before = encoder.transform(X)
+    np.testing.assert_allclose(encoder.partial_fit(X).transform(X), before, atol=1e-6)
+    # Of one minibatch the loss is that of the parameters before its step.
+    assert encoder.loss_curve_[1] == pytest.approx(-encoder.score(X), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["classifier", "regressor"])
+def test_a_stream_of_a_head_keeps_the_moments_of_its_optimiser(name):
+    X, y = batches()[0]
+    network = ESTIMATORS[name]().set_params(batch_size=ROWS)
+    for calls in range(1, 5):
+        learn(network, (X, y))
+        assert {float(one["step"]) for one in network._solver_state} == {calls}
+
+
+def test_pooled_covariance_is_that_of_all_rows():
+    rng = np.random.default_rng(0)
+    # Far apart, so that the gap of their means counts.
+    groups = [torch.from_numpy(rng.normal(size=(n, 3)) + n) for n in (7, 20)]
+    weights = [torch.from_numpy(rng.uniform(0.1, 3, size=len(z))) for z in groups]
+    mean, covariance, total = pooled_covariance(*map(latent_covariance, groups, weights))
+    rows, weight = np.concatenate(groups), np.concatenate(weights)
+    np.testing.assert_allclose(mean, np.average(rows, axis=0, weights=weight))
+    np.testing.assert_allclose(covariance, np.cov(rows.T, aweights=weight, ddof=0))
+    assert total == pytest.approx(weight.sum())

@@ -65,6 +65,18 @@ def test_too_few_rows_of_positive_weight_are_named():
         ExpFamilyDEQ(2, family="poisson").fit(X, sample_weight=weight)
 
 
+def test_weights_of_float32_data_that_are_worked_on_in_float64():
+    X = (sample("gaussian", n=60) + 1e4).astype(np.float32)
+    weight = np.random.default_rng(0).integers(1, 5, size=60)
+    weighted = ExpFamilyDEQ(2, random_state=0).fit(X, sample_weight=weight)
+    assert weighted._in_double
+    mean = np.average(X.astype(float), axis=0, weights=weight)
+    # The intercept is given back in float32.
+    assert_allclose(weighted.intercept_, mean, rtol=1e-6)
+    repeated = ExpFamilyDEQ(2, random_state=0).fit(np.repeat(X, weight, axis=0))
+    assert weighted.loss_curve_[-1] == pytest.approx(repeated.loss_curve_[-1], rel=1e-6)
+
+
 @pytest.mark.parametrize("weight", [1.0, 1e3, 1e6])
 def test_kernels_are_no_worse_than_none_whatever_row_has_the_weight(weight):
     rng = np.random.default_rng(0)

@@ -1,0 +1,55 @@
+"""Explained deviances against their definition: exposures, gaps, weights and large data."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import sample
+from numpy.testing import assert_allclose
+
+from skdeq import ExpFamilyDEQ
+from skdeq._rotation import _drawn_rows
+from skdeq.families import get_family
+
+
+@pytest.mark.parametrize("exposure", [None, "total"])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_shares_are_the_integrals_of_the_slope(exposure, gaps):
+    X = sample("poisson", n=150, p=12) + 0.0
+    if gaps:
+        X[np.random.default_rng(0).random(X.shape) < 0.1] = np.nan
+    weight = np.random.default_rng(1).integers(1, 4, size=150).astype(float)
+    deq = ExpFamilyDEQ(2, family="poisson", exposure=exposure, random_state=0)
+    scores = deq.fit(X, sample_weight=weight).transform(X)
+    seen = ~np.isnan(X)
+    x, w = np.where(seen, X, 1.0), weight[:, None] * seen
+    profile = (w * x).sum(0) / w.sum(0)
+    size = (seen * x).sum(1) / (seen * profile).sum(1) if exposure else np.ones(150)
+    offset = np.log(size)[:, None]
+    null = np.log((w * x).sum(0) / (w * np.exp(offset)).sum(0)) + offset
+    move = scores @ deq.components_ + deq.intercept_ + offset - null
+
+    def deviance(eta):
+        return (w * (np.exp(eta) - x * eta + x * np.log(x.clip(1e-9)) - x)).sum()
+
+    parts = np.zeros(2)
+    # The midpoint rule with so many points is good to seven digits.
+    for share in (np.arange(2000) + 0.5) / 2000:
+        slope = w * (np.exp(null + share * move) - x)
+        parts -= ((slope @ deq.components_.T) * scores).sum(0)
+    expected = parts / parts.sum() * (1 - deviance(null + move) / deviance(null))
+    assert_allclose(deq.explained_deviance_ratio_, expected, rtol=1e-5)
+
+
+def test_shares_of_many_entries_are_those_of_the_rows_drawn(monkeypatch):
+    X = sample("poisson", n=600, p=20, k=3)
+    X = X[np.argsort(X.sum(1))]  # the first rows are unlike the others
+    monkeypatch.setattr("skdeq._rotation._DEVIANCE_ENTRIES", 300 * 20)
+    deq = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
+    drawn = _drawn_rows(600, 300)
+    # As many from each half as chance has it, which is within four standard deviations.
+    assert len(drawn.unique()) == 300 and abs(int((drawn < 300).sum()) - 150) < 4 * 600**0.5 / 4
+    law, some = get_family("poisson"), torch.from_numpy(X)[drawn]
+    eta = torch.from_numpy(deq.natural_parameters(deq.transform(some.numpy())))
+    null = law.deviance(some, torch.log(torch.from_numpy(X).mean(0)).expand_as(some)).sum()
+    expected = 1 - float(law.deviance(some, eta).sum() / null)
+    assert deq.explained_deviance_ratio_.sum() == pytest.approx(expected, abs=1e-6)

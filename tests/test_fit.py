@@ -1,0 +1,47 @@
+"""How a fit goes: the size of its minibatches, when it ends, and what the seed decides."""
+
+import numpy as np
+import pytest
+from conftest import sample
+from scipy import stats
+
+import skdeq._fit as fit
+from skdeq import ExpFamilyDEQ
+
+
+@pytest.mark.parametrize("batch_size", [5, 7, None])
+def test_minibatches_have_the_size_asked_for(batch_size, monkeypatch):
+    sizes, step = [], fit.solve_and_step
+
+    def spy(batch, *args, **options):
+        sizes.append(batch.observations.shape[0])
+        return step(batch, *args, **options)
+
+    monkeypatch.setattr(fit, "solve_and_step", spy)
+    X = sample("gaussian", n=300)
+    options = {"solver": "adam", "max_iter": 2, "tol": 1.0, "random_state": 0}
+    deq = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X)
+    size = batch_size or 256
+    assert sizes == deq.n_iter_ * [min(size, 300 - low) for low in range(0, 300, size)]
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+def test_a_fit_ends_when_two_iterations_in_a_row_gained_less_than_tol(tol):
+    X = sample("gaussian")
+    curve = np.array(ExpFamilyDEQ(2, tol=tol, random_state=0).fit(X).loss_curve_)
+    null = -stats.norm.logpdf(X, X.mean(axis=0)).sum(axis=1).mean()
+    still = curve[:-1] - curve[1:] <= tol * (null - curve[1:])
+    twice = still[1:] & still[:-1]
+    assert twice[-1] and not twice[:-1].any()
+
+
+def test_the_seed_decides_on_a_start_in_many_dimensions():
+    # So many entries that the spectral start is drawn at random and not exact.
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(1000, 3)) @ rng.normal(size=(3, 5000))
+    X += 3 * rng.normal(size=X.shape)
+    one, two, three = (
+        ExpFamilyDEQ(2, max_iter=1, tol=1.0, random_state=seed).fit(X).loadings_
+        for seed in (0, 0, 1)
+    )
+    assert one.tobytes() == two.tobytes() != three.tobytes()
