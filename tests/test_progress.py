@@ -130,6 +130,22 @@ def test_residuals_shown_are_those_of_the_latents(capsys):
     assert len(shown) == 3 and all(float(residual) <= 1e-3 for residual in shown)
 
 
+def test_the_residual_shown_is_the_largest(monkeypatch, capsys):
+    end, largest = _progress.Progress.end, []
+
+    def spy(self, *args, residual, **options):
+        largest.append(f"residual {residual.numpy().max():.1e} (")
+        return end(self, *args, residual=residual, **options)
+
+    monkeypatch.setattr(_progress.Progress, "end", spy)
+    X, _ = data("poisson")
+    ExpFamilyDEQ(2, family="poisson", max_iter=3, verbose=1).fit(X)
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line, expected in zip(lines, largest, strict=True):
+        assert expected in line
+
+
 @every_estimator
 def test_callbacks_see_every_iteration(name):
     pytest.importorskip("sklearn.callback")
@@ -220,6 +236,7 @@ def check_nothing_is_left(estimator, before, threads, X, y):
 def test_interrupt_in_a_callback_leaves_nothing_behind(name, when):
     pytest.importorskip("sklearn.callback")
     X, y = data(name)
+    before_all = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         recorder = Recorder(interrupt=2, when=when)
@@ -238,7 +255,7 @@ def test_interrupt_in_a_callback_leaves_nothing_behind(name, when):
         recorder.interrupt = recorder.when = None
         check_nothing_is_left(estimator, before, threads, X, y)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before_all)
 
 
 @every_estimator
@@ -296,7 +313,13 @@ def test_interrupt_from_the_keyboard(estimator):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    device, first = process.stdout.readline(), process.stdout.readline()
+    # A child that never says a word is not waited for longer than its import may take.
+    patience = threading.Timer(120, process.kill)
+    patience.start()
+    try:
+        device, first = process.stdout.readline(), process.stdout.readline()
+    finally:
+        patience.cancel()
     if " objective " not in first:
         process.kill()
     assert " objective " in first, (device, first, process.communicate())
