@@ -173,12 +173,10 @@ def test_a_fit_never_has_the_data_on_the_card(name, card, monkeypatch):
     actual = ExpFamilyDEQ(**options).fit(X)
     assert card.rows
     rtol = 1e-6 if X.dtype == np.float64 else 1e-3
-    for attribute in ("components_", "intercept_", "loss_curve_", "latents_mean_"):
-        if hasattr(expected, attribute):
-            values = getattr(expected, attribute)
-            assert_allclose(
-                getattr(actual, attribute), values, rtol, rtol * np.max(np.abs(values))
-            )
+    compared = ("components_", "loadings_", "intercept_", "loss_curve_")
+    for attribute in (*compared, "explained_deviance_ratio_"):
+        values = getattr(expected, attribute)
+        assert_allclose(getattr(actual, attribute), values, rtol, rtol * np.max(np.abs(values)))
     for method in ("transform", "score_samples"):
         monkeypatch.setattr(expfam_fitted, "to_observations", to_observations)
         here = getattr(expected, method)(X)
@@ -201,6 +199,14 @@ def test_only_data_that_fill_half_of_the_card_stay(layout, monkeypatch):
     assert stayed.values.device.type == "cpu"
     assert isinstance(stayed.values, CompressedRows) == sp.issparse(X)
     assert type(to_observations(rows, Poisson(), torch.device("cpu"))) is Observations
+
+
+def test_data_of_which_copies_are_made_want_room_for_them(monkeypatch):
+    X = torch.from_numpy(sample("poisson", n=N, p=P).astype(np.float32))
+    # Room for two of them in half of the card, and for three not.
+    monkeypatch.setattr("skdeq._data.free_memory", lambda device: 4 * X.nbytes)
+    stayed = to_observations(X, Poisson(), torch.device("cuda"), copies=3)
+    assert isinstance(stayed, HostObservations)
 
 
 @pytest.mark.parametrize("device", [CUDA])

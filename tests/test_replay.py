@@ -37,6 +37,7 @@ class TestStepRunner:
         one = torch.ones(2)
         for _ in range(10):
             run(one, None)
+        assert len(seen) == 10
         assert all(inputs[0] is one and inputs[1] is None for inputs in seen)
 
     def test_each_call_is_one_step_on_its_own_inputs(self):
