@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler, scale
 from test_objectives import plain_loss
 
 from skdeq import ImplicitEMEncoder
-from skdeq._encoder_fit import start_weights
+from skdeq._encoder_fit import DEAD_VARIANCE, EncoderTrainer, start_weights
 from skdeq._precondition import RowBatches, fit_preconditioner
 from skdeq.objectives import ACTIVATIONS, ObjectiveWeights, PairActivation
 
@@ -109,7 +109,7 @@ def test_preconditioned_rows_have_the_documented_norm():
     np.testing.assert_allclose(preconditioner.unfold(components, bias), weights, atol=1e-10)
 
 
-def test_published_quality_on_digits():
+def test_features_serve_a_linear_probe_as_well_as_the_pixels():
     X, y = load_digits(return_X_y=True)
     train = np.arange(len(X)) % 3 > 0
     fitted = encoder(32, max_iter=20).fit(X[train])
@@ -440,7 +440,7 @@ def test_partial_fit_learns_from_a_stream():
     assert stream.n_iter_ == len(stream.loss_curve_) == 24
     assert scores == sorted(scores)
     assert set(stream._solver_state) == {"step", "exp_avg", "exp_avg_sq"}
-    # A second pass by one call is what two calls are, but for rounding of the folded weights.
+    # A copy goes on as the stream itself does.
     again = pickle.loads(pickle.dumps(stream))
     np.testing.assert_array_equal(
         again.partial_fit(X[:300]).components_, stream.partial_fit(X[:300]).components_
@@ -523,6 +523,40 @@ def test_dead_components_are_those_of_small_variance():
     expected = np.flatnonzero(fitted.transform(X).var(axis=0) < 0.01)
     np.testing.assert_array_equal(fitted.dead_components_, expected)
     assert len(expected)
+
+
+def test_dead_components_are_those_under_the_weights():
+    X = np.random.default_rng(0).normal(size=(100, 4))
+    X[90:] *= 30
+    weight = np.r_[np.ones(90), np.full(10, 1e-4)]
+    fitted = encoder(24, max_iter=20, variance_weight=0.0)
+    with pytest.warns(UserWarning, match="% of their variance"):
+        distance = fitted.fit(X, sample_weight=weight).transform(X)
+    mean = np.average(distance, axis=0, weights=weight)
+    variance = np.average((distance - mean) ** 2, axis=0, weights=weight)
+    # Some of them vary over rows that hardly count.
+    assert (variance < 0.01).sum() > (distance.var(axis=0) < 0.01).sum()
+    np.testing.assert_array_equal(fitted.dead_components_, np.flatnonzero(variance < 0.01))
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"solver": "adam", "learning_rate": 0.01}])
+def test_revived_components_have_no_moments_of_their_past(options, monkeypatch):
+    revive, left = EncoderTrainer.revive, []
+
+    def spy(self, generator):
+        dead = self.variance < DEAD_VARIANCE
+        revive(self, generator)
+        moments = [one for one in self._state().values() if one.shape == self.weights.shape]
+        left.extend(float(one[dead].abs().max()) for one in moments if dead.any())
+
+    monkeypatch.setattr(EncoderTrainer, "revive", spy)
+    encoder(64, revive_dead=True, max_iter=8, **options).fit(load_iris().data)
+    assert left and not any(left)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_works_in_the_type_of_the_data(dtype):
+    assert encoder().fit(digits(100).astype(dtype))._weights.dtype == dtype
 
 
 def test_search_in_a_pipeline_over_two_processes():
