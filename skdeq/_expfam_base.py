@@ -168,7 +168,9 @@ class LatentVariableEstimator(FittedLatents):
                 "the rows differ"
             )
             if family.base.self_concordance == 0:
-                what += "; the family has variance one, so that X may have to be scaled to more"
+                what += (
+                    "; the family has a fixed variance, so that X may have to be scaled to more"
+                )
             what += "."
         elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
             what = (

@@ -22,7 +22,7 @@ from skdeq._hierarchy import (
 from skdeq._inside import latents_inside, predictors_inside
 from skdeq._latents import solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, latent_problem, row_problem
-from skdeq._newton import LEAST_PIVOT
+from skdeq._newton import LEAST_PIVOT, told_apart
 from skdeq._observations import Observations
 from skdeq.implicit import attach_factored, attach_solver, factored
 
@@ -187,12 +187,10 @@ class Equilibrium:
         """Factors of the Hessians at solutions, which are none where these have too few digits."""
         hessian, beyond = self._hessian(result.value)
         factor, definite = factored(hessian)
-        pivots = factor.diagonal(dim1=1, dim2=2).square()
-        least = LEAST_PIVOT * torch.finfo(hessian.dtype).eps
-        told_apart = (pivots >= least * hessian.diagonal(dim1=1, dim2=2)).all(1) & definite
-        converged = result.converged & (
-            told_apart if beyond is None else told_apart & ~beyond[:, 0]
-        )
+        certain = told_apart(factor, hessian.diagonal(dim1=1, dim2=2)) & definite
+        if beyond is not None:
+            certain &= ~beyond[:, 0]
+        converged = result.converged & certain
         return replace(result, converged=converged), factor, definite, beyond
 
     def _hessian(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,15 @@ from skdeq._fixed_point_problem import (
     effective_tolerance,
 )
 
-__all__ = ["LEAST_PIVOT", "NewtonSystems", "backtrack", "confirm", "newton", "newton_step"]
+__all__ = [
+    "LEAST_PIVOT",
+    "NewtonSystems",
+    "backtrack",
+    "confirm",
+    "newton",
+    "newton_step",
+    "told_apart",
+]
 
 # Least share of an unknown's own curvature that the others may leave of it, in units of the
 # precision. Where a row has fewer observed entries than latents, and next to no prior, less is
@@ -35,6 +43,20 @@ _NEAR, _NEAR_SHARE = 1e-2, 1e-8
 _STALLED = 0.5
 
 
+def told_apart(factor: Tensor, diagonal: Tensor | float) -> Tensor:
+    """Whether there are digits enough to tell the unknowns of each row apart, (m,), bool.
+
+    Parameters
+    ----------
+    factor : Tensor of shape (m, r, r)
+        Cholesky factors of Hessians.
+    diagonal : Tensor of shape (m, r) or float
+        Diagonals of the Hessians.
+    """
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return (pivots >= LEAST_PIVOT * torch.finfo(factor.dtype).eps * diagonal).all(-1)
+
+
 class NewtonSystems:
     """Factorised Hessians of many rows.
 
@@ -49,7 +71,7 @@ class NewtonSystems:
     Attributes
     ----------
     told_apart : Tensor of shape (m,), bool
-        Whether there are digits enough to tell the unknowns of a row apart.
+        Whether there are digits enough for the unknowns of a row, see :func:`told_apart`.
     """
 
     def __init__(self, hessian: Tensor):
@@ -62,8 +84,7 @@ class NewtonSystems:
         # The pivots of a matrix with an entry that is no number are no numbers either.
         pivots = self.factor.diagonal(dim1=-2, dim2=-1)
         failed = (info != 0) | ~torch.isfinite(pivots).all(-1)
-        enough = pivots.square() >= LEAST_PIVOT * torch.finfo(hessian.dtype).eps
-        self.told_apart = enough.all(-1) & ~failed
+        self.told_apart = told_apart(self.factor, 1.0) & ~failed
         damping = 1e3 * torch.finfo(hessian.dtype).eps
         while bool(failed.any()) and damping < 1:
             index = failed.nonzero().squeeze(-1)
@@ -258,7 +279,7 @@ def newton(
     value = start.clone()
     residual = start.new_full((len(start),), torch.inf)
     n_iter = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    told_apart = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    certain = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     rows = torch.arange(len(start), device=start.device)
     # Squared decrement before the last step, where that was a whole one.
     last = torch.full_like(residual, torch.inf)
@@ -266,7 +287,7 @@ def newton(
     while len(rows) and max_iter:
         z = value[rows]
         look = _Look(problem, z, rows)
-        told_apart[rows] = look.systems.told_apart
+        certain[rows] = look.systems.told_apart
         # Rows found solved here take the step they have paid for: it squares what error is left.
         z, length = _safeguarded(
             problem, z, look.step, look.gradient, look.objective, rows, look.rounding
@@ -291,8 +312,8 @@ def newton(
     rows = (~(residual <= tol)).nonzero().squeeze(1)
     if len(rows):
         look = _Look(problem, value[rows], rows)
-        residual[rows], told_apart[rows] = look.residual, look.systems.told_apart
-    return FixedPointResult(value, residual, (residual <= tol) & told_apart, n_iter)
+        residual[rows], certain[rows] = look.residual, look.systems.told_apart
+    return FixedPointResult(value, residual, (residual <= tol) & certain, n_iter)
 
 
 def confirm(

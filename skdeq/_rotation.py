@@ -140,8 +140,6 @@ def explained_deviance(
     family = setting.family.exact
     n, k = scores.shape
     p = len(null_intercept)
-    most = max(_LEAST_ROWS, int(_DEVIANCE_ENTRIES / p))
-    index = _drawn_rows(n, most).to(scores.device)
     weight = setting.sample_weight
 
     def moved(low: int, high: int) -> Tensor:
@@ -175,8 +173,8 @@ def explained_deviance(
             slope = family.slope_(predictor.detach().clone(), statistic)
             slope = torch.where(observed, slope, 0.0)
             (pulled,) = torch.autograd.grad(predictor, values, slope)
-            moved = pulled * some * weights.unsqueeze(1)
-            parts -= 2 * float(share) * moved.double().sum(0)
+            change = pulled * some * weights.unsqueeze(1)
+            parts -= 2 * float(share) * change.double().sum(0)
         ends = [
             log_likelihood(along(0.0, torch.zeros_like(some))),
             log_likelihood(along(1.0, some)),
@@ -188,7 +186,9 @@ def explained_deviance(
 
     size = max(1, 2**19 // p)
     largest = 0.0
-    while True:
+    # That there is nothing is for all rows to say.
+    for most in (max(_LEAST_ROWS, int(_DEVIANCE_ENTRIES / p)), n):
+        index = _drawn_rows(n, most).to(scores.device)
         # Where the variance is constant the slope is linear, and one interval exact.
         if not (family.is_canonical and family.base.self_concordance == 0):
             largest = float(torch.stack(map_chunks(moved, len(index), size, scores.device)).amax())
@@ -198,10 +198,8 @@ def explained_deviance(
         # What is no number is not nothing.
         explained = 0.0 if null <= 0 else 1 - residual / null
         removed = 0.0 if null <= 0 else float(parts.sum()) / null
-        if abs(removed) >= NEXT_TO_NOTHING or len(index) == n:
+        if abs(removed) >= NEXT_TO_NOTHING or most >= n:
             break
-        # That there is nothing is for all rows to say.
-        index = _drawn_rows(n, n).to(scores.device)
     if abs(removed) < NEXT_TO_NOTHING or not explained > 0:
         return torch.zeros(k, dtype=torch.float64, device="cpu"), removed, largest
     if not 0 < removed < torch.inf:

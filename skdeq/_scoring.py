@@ -241,7 +241,7 @@ class Scoring:
 
     def _rounding(self, model: LatentModel, objective: float) -> float:
         """Error that rounding of the predictors may make in a mean objective."""
-        sizes = self.setting.family.statistics_(model.intercept.clone(), log_partition=True)[0]
+        sizes = self.setting.family.log_partition(model.intercept)
         # A and T(x) eta nearly cancel far from the origin.
         terms = abs(objective) + 2 * float(sizes.abs().double().sum())
         return torch.finfo(sizes.dtype).eps * terms

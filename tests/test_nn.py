@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skdeq import ExpFamilyDEQ
 from skdeq.families import get_family
+from skdeq.implicit import attach_gradient
 from skdeq.nn import EquilibriumLayer
 
 PAIRS = [
@@ -143,6 +144,19 @@ def test_second_derivatives_are_refused(compiled):
             torch.autograd.grad((function(x) ** power).sum(), x, create_graph=True)
         (slope,) = torch.autograd.grad((function(x) ** power).sum(), x)
         assert not slope.requires_grad
+
+
+def test_minimisers_are_derived_within_a_compiled_graph():
+    a = torch.tensor([[3.0]], requires_grad=True)
+
+    def minimiser(a):
+        return attach_gradient(torch.tensor([[3.0]]), lambda z: z - a, torch.ones(1, 1, 1)) ** 2
+
+    compiled = torch.compile(minimiser, backend="eager", fullgraph=True)
+    (slope,) = torch.autograd.grad(compiled(a).sum(), a)
+    assert slope.tolist() == [[6.0]]
+    with pytest.raises(RuntimeError, match="has no second derivative: create_graph=True asks"):
+        torch.autograd.grad(compiled(a).sum(), a, create_graph=True)
 
 
 def test_first_derivatives_by_checkpoint_and_jacobian():
