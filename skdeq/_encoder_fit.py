@@ -12,6 +12,12 @@ from torch import Tensor
 from skdeq._chunks import map_chunks, one_ahead, parallel_chunks
 from skdeq._host_data import fetched, is_away
 from skdeq._observations import CompressedRows
+from skdeq._optimiser_state import (
+    OptimiserState,
+    forget_steps,
+    restore_state,
+    saved_state,
+)
 from skdeq._precondition import SQUARED_NORM, RowBatches
 from skdeq._progress import Progress
 from skdeq._replay import Capture, StepRunner, capture_graph
@@ -359,9 +365,7 @@ class EncoderTrainer:
         del trace.loss_curve[n_iter:]
         self.learning_rate *= 0.1
         if self.optimiser is not None:
-            self.optimiser.state.clear()
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.learning_rate
+            forget_steps(self.optimiser, 0.1)
         # A captured step has the old rate in it.
         self.run.forget()
 
@@ -372,26 +376,20 @@ class EncoderTrainer:
             return
         start = start_weights(len(dead), self.rows.varying, generator)
         self.weights[dead] = start.to(self.weights)
-        for value in self._state().values():
-            if value.shape == self.weights.shape:
+        known = {} if self.optimiser is None else self.optimiser.state[self.weights]
+        for value in known.values():
+            if value is not None and value.shape == self.weights.shape:
                 value[dead] = 0
 
-    def _state(self) -> dict[str, Tensor]:
-        state = {} if self.optimiser is None else self.optimiser.state[self.weights]
-        return {name: one for name, one in state.items() if one is not None}
+    def state(self) -> OptimiserState:
+        """State of the optimiser to go on from."""
+        return [] if self.optimiser is None else saved_state(self.optimiser)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """State of the optimiser to go on from, as numpy arrays."""
-        return {name: one.cpu().numpy() for name, one in self._state().items()}
-
-    def load_state(self, state: dict[str, np.ndarray] | None) -> None:
+    def load_state(self, state: OptimiserState) -> None:
         """Take over a state, unless it is that of another optimiser."""
-        if self.optimiser is not None and state and set(state) == _STATES[self.options.solver]:
-            # Each in its own type: the count of steps is float32 whatever the weights are.
-            self.optimiser.state[self.weights] = {
-                name: torch.from_numpy(one.copy()).to(self.weights.device)
-                for name, one in state.items()
-            }
+        expected = [_STATES[self.options.solver]]
+        if self.optimiser is not None and [set(known) for known in state] == expected:
+            restore_state(self.optimiser, state)
             self.run.forget()
 
 

@@ -23,6 +23,7 @@ from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, null_model
+from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
 from skdeq._rotation import (
     NEXT_TO_NOTHING,
@@ -32,11 +33,8 @@ from skdeq._rotation import (
     pooled_covariance,
 )
 from skdeq._stochastic import (
-    AdamState,
-    adam_state,
     free_parameters,
     hold,
-    make_adam,
     model_of,
     restart,
     solve_and_step,
@@ -71,7 +69,7 @@ def _may_be_endless(family: Family) -> bool:
 class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
-    _adam: dict[str, Any] | None
+    _adam: OptimiserState
     # What the model was fitted as; saved by an older version, it does not know.
     _fitted_as: dict[str, Any] | None = None
     _ends: dict[str, Any] | None = None
@@ -140,7 +138,7 @@ class LatentVariableEstimator(FittedLatents):
             model, trace = fit
             moments = estimator._moments_of(setting, model, of_stream=False)
             estimator._store(X, setting, model, trace, moments)
-            estimator._exposure_profile, estimator._adam = profile, None
+            estimator._exposure_profile, estimator._adam = profile, []
             estimator._n_batches = 0
             estimator._ends = asdict(ends)
             estimator._fitted_as = parameters_of_the_model(estimator.get_params())
@@ -340,7 +338,7 @@ class LatentVariableEstimator(FittedLatents):
         model = replace(model, latents=solved.value)
         self._keep(setting.rounded_off(), model, self._moments_of(setting, model, of_stream))
         # Steps of another model's Adam are not for this one.
-        self._adam = None
+        self._adam = []
         # They have been trained like the others.
         self._ends = None
         self.__dict__.pop("explained_deviance_ratio_", None)
@@ -361,15 +359,16 @@ class LatentVariableEstimator(FittedLatents):
             refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
         loadings, intercept, upper = self._parameters(setting)
         parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
-        state = None if self._adam is None else AdamState(**self._adam)
-        ends = EndColumns(**self._ends) if self._ends else None
+        state, ends = self._adam, EndColumns(**self._ends) if self._ends else None
         if ends:
             ends, seen = ends.after(X, setting)
             setting = ends.pinned(setting)
             state = restart(setting, parameters, state, seen)
             hold(setting, parameters)
-        rate = self.learning_rate / (1 + (0 if state is None else state.step) / 100) ** 0.5
-        optimiser = make_adam(parameters, rate, state)
+        n_steps = float(state[0]["step"]) if state else 0.0
+        rate = self.learning_rate / (1 + n_steps / 100) ** 0.5
+        optimiser = torch.optim.Adam(parameters, lr=rate)
+        restore_state(optimiser, state)
         solution, objective = solve_and_step(
             setting,
             parameters,
@@ -387,6 +386,5 @@ class LatentVariableEstimator(FittedLatents):
         )
         moments = self._moments_of(setting, model, of_stream=True)
         self._store(X, setting, model, trace, moments, of_stream=True)
-        # Of plain types, as everything else that is saved.
-        self._adam = asdict(adam_state(parameters, optimiser))
+        self._adam = saved_state(optimiser)
         self._ends = asdict(ends) if ends else None

@@ -27,6 +27,7 @@ from skdeq._expfam_fitted import narrowed
 from skdeq._expfam_layout import changed_parameters, refuse_changes
 from skdeq._head import Head
 from skdeq._head_training import HeadOptions, HeadTrainer, TrainingRows
+from skdeq._optimiser_state import OptimiserState
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
 from skdeq._validation import check_observations, check_stream_type, check_weights
@@ -95,7 +96,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     """What classifier and regressor share; a subclass has a loss, a score and its targets."""
 
     loss_curve_: list[float]
-    _solver_state: list[dict[str, np.ndarray]] | None
+    _solver_state: OptimiserState
 
     _parameter_constraints = {
         "backbone": [ExpFamilyDEQ, FrozenEstimator, None],
@@ -356,7 +357,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         layer = self.backbone_.to_module()
         trainer = HeadTrainer(layer, head, self._head_options(), rows, self._loss(), generator)
         if stream:
-            trainer.load_state(self._solver_state if going_on else None)
+            trainer.load_state(self._solver_state if going_on else [])
             trainer.pass_once(train)
             converged = True
         else:

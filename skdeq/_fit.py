@@ -18,7 +18,6 @@ from skdeq._stochastic import (
     envelope_gradient,
     free_parameters,
     hold,
-    make_adam,
     model_of,
     solve_and_step,
 )
@@ -220,7 +219,7 @@ def fit_minibatches(
     device = setting.observations.device
     size = min(options.batch_size or _BATCH_SIZE, n)
     parameters = free_parameters(setting, model)
-    optimiser = make_adam(parameters, options.learning_rate)
+    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
     n_batches = -(-n // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.max_iter * n_batches)
     solved = solve_latents(setting, *model.parameters, rounded=True, **options.latent_solver())

@@ -14,6 +14,12 @@ from torch.nn.utils import parametrize
 from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
 from skdeq._data import rows_of
 from skdeq._head import Head
+from skdeq._optimiser_state import (
+    OptimiserState,
+    forget_steps,
+    restore_state,
+    saved_state,
+)
 from skdeq._progress import Progress
 from skdeq._stochastic import shorten
 
@@ -228,9 +234,7 @@ class HeadTrainer:
         self.taken_back += 1
         self._put(self._last_good)
         self._latents.nan_to_num_(0.0, 0.0, 0.0)
-        self.optimiser.state.clear()
-        for group in self.optimiser.param_groups:
-            group["lr"] *= 0.5
+        forget_steps(self.optimiser, 0.5)
 
     @torch.enable_grad()
     def pass_once(self, rows: np.ndarray) -> None:
@@ -342,9 +346,7 @@ class HeadTrainer:
         """Go back to parameters that were better, and go on with a tenth of the steps."""
         self.undone += 1
         self._put(safe)
-        self.optimiser.state.clear()
-        for group in self.optimiser.param_groups:
-            group["lr"] *= 0.1
+        forget_steps(self.optimiser, 0.1)
 
     def _end(self, kept: list[Tensor] | None) -> None:
         """End the training, with the parameters that were kept if there are such."""
@@ -374,23 +376,11 @@ class HeadTrainer:
         """Return where the rows were last, if solutions may be looked for from there."""
         return self._latents if self.layer.is_convex else None
 
-    def state(self) -> list[dict[str, np.ndarray]]:
-        """State of the optimiser to go on from, one entry for each parameter."""
-        return [
-            {name: to_numpy(value) for name, value in self.optimiser.state[one].items()}
-            for one in self._parameters
-        ]
+    def state(self) -> OptimiserState:
+        """State of the optimiser to go on from."""
+        return saved_state(self.optimiser)
 
-    def load_state(self, state: list[dict[str, np.ndarray]] | None) -> None:
+    def load_state(self, state: OptimiserState) -> None:
         """Take over a state, unless it is that of other parameters."""
-        if state is None or len(state) != len(self._parameters):
-            return
-        for parameter, values in zip(self._parameters, state, strict=True):
-            if values:
-                self.optimiser.state[parameter] = {
-                    # Copies: Adam works in place, and the state may be wanted as it was.
-                    name: torch.tensor(value, device="cpu").to(
-                        parameter if value.ndim else parameter.new_empty(0, device="cpu")
-                    )
-                    for name, value in values.items()
-                }
+        if len(state) == len(self._parameters):
+            restore_state(self.optimiser, state)

@@ -383,7 +383,7 @@ class ImplicitEMEncoder(
                     )
                 generator = seeded_generator(self.random_state)
                 start = start_weights(self.n_components, preconditioner.varying, generator)
-                past, state = EncoderTrace(), None
+                past, state = EncoderTrace(), []
             else:
                 check_stream_type(X, self.components_)
                 if type(self._activation()).__name__ != self._trained_activation:

@@ -163,7 +163,7 @@ def _safeguarded(
 ) -> tuple[Tensor, Tensor]:
     """Take Newton steps, checked where they are not known to be safe; (point, length)."""
     pending = ~problem.is_safe(step, rows)
-    return backtrack(problem, z, step, gradient, objective, rows, pending, slack=slack)
+    return backtrack(problem, z, step, gradient, objective, rows, pending, slack)
 
 
 class _Look:
@@ -207,7 +207,6 @@ def backtrack(
     objective: Tensor,
     rows: Tensor,
     pending: Tensor,
-    length: Tensor | None = None,
     slack: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
@@ -221,8 +220,6 @@ def backtrack(
     rows : Tensor of shape (m,)
     pending : Tensor of shape (m,), bool
         Rows whose step must be checked.
-    length : Tensor of shape (m,), optional
-        First lengths, 1 by default.
     slack : Tensor of shape (m,), optional
         Rounding of the objective, where it is known.
 
@@ -233,8 +230,7 @@ def backtrack(
     length : Tensor of shape (m,)
         Lengths taken.
     """
-    length = start.new_ones(len(start)) if length is None else length.clone()
-    point = start - length.unsqueeze(1) * step
+    length, point = start.new_ones(len(start)), start - step
     left = pending.nonzero().squeeze(1)
     if not len(left):
         return point, length

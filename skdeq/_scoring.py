@@ -2,8 +2,8 @@ r"""Alternating Fisher scoring: latents given loadings, loadings given latents, 
 
 Three things make the plain alternation fast:
 
-* each half takes one Newton step per row with a Hessian of its own, or, where that is dear, one
-  step with a curvature shared by all rows;
+* each half takes one Newton step per row with a Hessian of its own, or, where that is dear and
+  the variance of the family has a bound, one step with a curvature shared by all rows;
 * both blocks are extrapolated by Nesterov momentum, restarted when the objective rises;
 * after each iteration the latents are centred and balanced against the loadings in closed form
   (:func:`balance`), which leaves every linear predictor as it is and lowers both penalties.
@@ -26,7 +26,10 @@ from skdeq._progress import Progress
 __all__ = ["Scoring", "balance"]
 
 # Above this many floating point operations for the Hessians of one half, one curvature is
-# shared by all rows. Measured on binarised MNIST at k = 50 (1.2e11): 2.9 s against 0.2 s.
+# shared by all rows if the variance has a bound. Measured on binarised MNIST at k = 50 (1.2e11):
+# 2.9 s against 0.2 s. Without a bound curvatures differ too much between rows: on 3,000 rows of
+# MNIST as Poisson counts (k = 50) eighty iterations with a shared one came as far as the first
+# with Hessians, in eight times the time; gamma rows behaved alike.
 _HESSIAN_FLOPS = 1e10
 _SMALL_RANK = 16
 # Where the variance has a bound, the share of it that is used as curvature at first, and the
@@ -34,10 +37,6 @@ _SMALL_RANK = 16
 # the bound: on binarised MNIST 0.6 needs four fifths of the iterations, 0.4 fails now and then.
 _FIRST_SHARE = 0.6
 _CAUTION = 1.5
-# Without a bound of the variance: iterations between estimates of its shape, and how fast the
-# step of a row that was cut grows back.
-_REFRESH = 5
-_GROWTH = 1.5
 # Halvings of a step along the limit of an intercept.
 _MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
@@ -159,7 +158,14 @@ class Scoring:
         curvature = typical_variance(self.setting, model, "columns")
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
-        solution, _ = self._adaptive_half(problem, start, torch.ones_like(model.intercept))
+
+        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
+            objective, gradient = part.value_and_gradient(point, rows)
+            direction = -part.shaped_step(gradient, rows)
+            every = torch.ones_like(rows, dtype=torch.bool)
+            return backtrack(part, point, direction, gradient, objective, rows, every)
+
+        solution, _ = _over_chunks(step, problem, start)
         model = self._shrunk(self._model(problem, start, solution, model.latents))
         return balance(self.setting, model)(model)
 
@@ -185,12 +191,8 @@ class Scoring:
         n, p = self.setting.observations.shape
         k = model.loadings.shape[1]
         self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
-        bounded = self.setting.family.variance_bound is not None
-        self._half = self._newton_half
-        if not self.exact:
-            self._half = self._majorised_half if bounded else self._shared_half
-        self._lengths: dict[str, Tensor] = {}
-        self._typical: dict[str, Tensor] = {}
+        self.exact |= self.setting.family.variance_bound is None
+        self._half = self._newton_half if self.exact else self._majorised_half
         previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
@@ -199,7 +201,6 @@ class Scoring:
         self._residual: Tensor | None = None
         for iteration in range(1, self.max_iter + 1):
             self.progress.begin()
-            self._age = iteration
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             amount, momentum = (momentum - 1) / following, following
             point = model.extrapolate(previous, amount) if amount > 0 else model
@@ -248,7 +249,7 @@ class Scoring:
 
     def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""
-        if self._half == self._majorised_half and self._share < 1:
+        if not self.exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
             _, objective = self._rows(model)
             if not objective <= self.loss_curve[-1]:
@@ -322,15 +323,11 @@ class Scoring:
 
     def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
         """Variances along the design of one half, and whether all rows share them as they are."""
-        if self._half == self._newton_half:
-            return None, False
         bound = self.setting.family.variance_bound
-        if bound is not None:
-            like = model.intercept if side == "rows" else model.latents[:, 0]
-            return torch.full_like(like, self._share * bound), True
-        if self._age % _REFRESH == 0 or side not in self._typical:
-            self._typical[side] = typical_variance(self.setting, model, side)
-        return self._typical[side], False
+        if self.exact or bound is None:
+            return None, False
+        like = model.intercept if side == "rows" else model.latents[:, 0]
+        return torch.full_like(like, self._share * bound), True
 
     def _newton_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
         """One Newton step in every row; also the objectives at the start."""
@@ -356,28 +353,5 @@ class Scoring:
             else:
                 objective, gradient = part.value_and_gradient(point, rows)
             return point + part.shaped_step(gradient, rows), objective
-
-        return _over_chunks(step, problem, start)
-
-    def _shared_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
-        """One step with a shared curvature; each row remembers the length that served it."""
-        if side not in self._lengths:
-            self._lengths[side] = start.new_ones(len(start))
-        return self._adaptive_half(problem, start, self._lengths[side])
-
-    def _adaptive_half(
-        self, problem: MapProblem, start: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One step with a shared curvature and a line search; ``lengths`` are updated."""
-
-        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
-            objective, gradient = part.value_and_gradient(point, rows)
-            direction = -part.shaped_step(gradient, rows)
-            first = (_GROWTH * lengths[where]).clamp_max(1.0)
-            pending = torch.ones_like(rows, dtype=torch.bool)
-            point, lengths[where] = backtrack(
-                part, point, direction, gradient, objective, rows, pending, first
-            )
-            return point, objective
 
         return _over_chunks(step, problem, start)

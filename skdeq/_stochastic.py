@@ -5,7 +5,6 @@ derivative of the latents: they minimise the very term that depends on them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,28 +15,12 @@ from skdeq._family import Family
 from skdeq._hierarchy import split_layers
 from skdeq._latents import solve_latents
 from skdeq._model import LatentModel, Pins, Setting, column_problem, layer_settings
+from skdeq._optimiser_state import OptimiserState
 from skdeq.fixed_point import FixedPointResult
 
 _MAX_HALVINGS = 20
 
-__all__ = ["AdamState", "envelope_gradient", "solve_and_step"]
-
-
-@dataclass
-class AdamState:
-    """Moments of Adam for the loadings and intercept of each layer, as numpy arrays.
-
-    Attributes
-    ----------
-    step : int
-        Steps taken.
-    first, second : list of ndarray of shape (p, k + 1)
-        Running means of the gradient and of its square.
-    """
-
-    step: int
-    first: list[np.ndarray]
-    second: list[np.ndarray]
+__all__ = ["envelope_gradient", "solve_and_step"]
 
 
 def free_parameters(setting: Setting, model: LatentModel) -> list[Tensor]:
@@ -66,19 +49,18 @@ def hold(setting: Setting, parameters: list[Tensor]) -> None:
 
 
 def restart(
-    setting: Setting, parameters: list[Tensor], state: AdamState | None, pins: Pins
-) -> AdamState | None:
+    setting: Setting, parameters: list[Tensor], state: OptimiserState, pins: Pins
+) -> OptimiserState:
     """Begin some columns anew, in place, and return what Adam knows of the others."""
     at = _put(setting, parameters, pins)
-    if state is None:
-        return None
+    if not state:
+        return []
     columns = pins.columns.cpu().numpy()
-    first, second = list(state.first), list(state.second)
-    first[at], second[at] = first[at].copy(), second[at].copy()
-    first[at][columns] = 0
+    known = {name: value.copy() for name, value in state[at].items()}
+    known["exp_avg"][columns] = 0
     # Zero, corrected for no more at this step, would make for steps several times as long.
-    second[at][columns] = second[at].mean(axis=0)
-    return replace(state, first=first, second=second)
+    known["exp_avg_sq"][columns] = known["exp_avg_sq"].mean(axis=0)
+    return [*state[:at], known, *state[at + 1 :]]
 
 
 def _put(setting: Setting, parameters: list[Tensor], pins: Pins) -> int:
@@ -225,29 +207,3 @@ def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> b
     if not bool(torch.isfinite(at_zero).all()):
         return False
     return bool(np.isfinite(envelope_gradient(setting, parameters, latents)[1]))
-
-
-def make_adam(
-    parameters: list[Tensor], learning_rate: float, state: AdamState | None = None
-) -> torch.optim.Adam:
-    """Torch's Adam on ``parameters`` going on from ``state``."""
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    if state is not None:
-        for one, first, second in zip(parameters, state.first, state.second, strict=True):
-            optimiser.state[one] = {
-                "step": torch.tensor(float(state.step), device="cpu"),
-                # Copies: Adam works in place, and the state may be wanted as it was.
-                "exp_avg": torch.tensor(first, device=one.device).to(one),
-                "exp_avg_sq": torch.tensor(second, device=one.device).to(one),
-            }
-    return optimiser
-
-
-def adam_state(parameters: list[Tensor], optimiser: torch.optim.Adam) -> AdamState:
-    """State to go on from."""
-    states = [optimiser.state[one] for one in parameters]
-    return AdamState(
-        int(states[0]["step"]),
-        [one["exp_avg"].double().cpu().numpy() for one in states],
-        [one["exp_avg_sq"].double().cpu().numpy() for one in states],
-    )

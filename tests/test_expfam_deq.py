@@ -397,19 +397,27 @@ def test_many_components(family):
     np.testing.assert_allclose(result.value, newton.value, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bernoulli", "poisson", "negative_binomial"])
-def test_shared_curvature_reaches_the_same_optimum(family, monkeypatch):
-    import skdeq._scoring as scoring
-
+def fits_of_small_and_of_large_data(family, monkeypatch):
     X = sample(family, n=200, p=30)
-    exact = ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
-    monkeypatch.setattr(scoring, "_SMALL_RANK", 0)
-    monkeypatch.setattr(scoring, "_HESSIAN_FLOPS", 0)
-    shared = ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
+    small = ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
+    monkeypatch.setattr("skdeq._scoring._SMALL_RANK", 0)
+    monkeypatch.setattr("skdeq._scoring._HESSIAN_FLOPS", 0)
+    return small, ExpFamilyDEQ(2, family=family, **{**TIGHT, "tol": 1e-10}).fit(X)
+
+
+@pytest.mark.parametrize("family", ["bernoulli", "binomial", "rademacher"])
+def test_shared_curvature_reaches_the_same_optimum(family, monkeypatch):
+    exact, shared = fits_of_small_and_of_large_data(family, monkeypatch)
     assert shared.n_iter_ > exact.n_iter_
     assert shared.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-6)
     curve = np.array(shared.loss_curve_)
     assert (np.diff(curve) <= 1e-9).all()
+
+
+@pytest.mark.parametrize("family", ["poisson", "negative_binomial", "gamma"])
+def test_curvatures_without_a_bound_are_not_shared(family, monkeypatch):
+    small, large = fits_of_small_and_of_large_data(family, monkeypatch)
+    assert large.loss_curve_ == small.loss_curve_
 
 
 def test_whitened_latents_and_scores_have_the_same_predictors():

@@ -439,14 +439,14 @@ def test_partial_fit_learns_from_a_stream():
         scores.append(stream.score(X))
     assert stream.n_iter_ == len(stream.loss_curve_) == 24
     assert scores == sorted(scores)
-    assert set(stream._solver_state) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(stream._solver_state[0]) == {"step", "exp_avg", "exp_avg_sq"}
     # A copy goes on as the stream itself does.
     again = pickle.loads(pickle.dumps(stream))
     np.testing.assert_array_equal(
         again.partial_fit(X[:300]).components_, stream.partial_fit(X[:300]).components_
     )
     stream.set_params(solver="sgd", momentum=0.5, learning_rate=0.001).partial_fit(X[:300])
-    assert set(stream._solver_state) == {"momentum_buffer"}
+    assert set(stream._solver_state[0]) == {"momentum_buffer"}
 
 
 def test_warm_start_goes_on():

@@ -315,7 +315,7 @@ def test_a_stream_of_an_encoder_keeps_the_moments_of_its_optimiser(make, options
     encoder = ImplicitEMEncoder(4, **settings, **options).partial_fit(X)
     layer = torch.from_numpy(encoder._weights).clone().requires_grad_()
     optimiser = make([layer], lr=1e-3, **options)
-    state = {name: torch.tensor(value) for name, value in encoder._solver_state.items()}
+    state = {name: torch.tensor(value) for name, value in encoder._solver_state[0].items()}
     assert max(float(one.abs().max()) for one in state.values() if one.shape == layer.shape) > 0
     optimiser.state[layer] = state
     rows = torch.from_numpy((X - encoder._location) / encoder._scale)
