@@ -11,6 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks import _common as common
 from benchmarks import _report as report
 from benchmarks._runner import run_workload
@@ -92,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.repeats < 1:
         made.error(f"--repeats must be at least 1; got {options.repeats}.")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        made.error(f"--device={options.device}, but torch finds no CUDA device here.")
     settings = Settings(
         data=options.data,
         device=options.device,

@@ -298,6 +298,14 @@ class MappedFamily(Family):
         """Return A(R(zeta))."""
         return self._base.log_partition(self.canonical(zeta))
 
+    def log_prob(self, x: Tensor, zeta: Tensor) -> Tensor:
+        """Return log p(x | R(zeta)) with all constants."""
+        return self._base.log_prob(x, self.canonical(zeta))
+
+    def deviance(self, x: Tensor, zeta: Tensor) -> Tensor:
+        """Return the deviance of the base family at R(zeta)."""
+        return self._base.deviance(x, self.canonical(zeta))
+
     def mean(self, zeta: Tensor) -> Tensor:
         """Return the mean of T(x)."""
         return self._base.mean(self.canonical(zeta))

@@ -11,7 +11,7 @@ long with 784, and twice as long with 3,136.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,7 +134,12 @@ class Convolution:
         return torch.kron(change, torch.eye(self.n_places, device="cpu").to(change))
 
     def start(
-        self, family: Family, observations: Observations, intercept: Tensor, n_kernels: int
+        self,
+        family: Family,
+        observations: Observations,
+        weight: Tensor | None,
+        intercept: Tensor,
+        n_kernels: int,
     ) -> Tensor:
         """First kernels (n_kernels, weights): principal axes of patches of working residuals."""
         rows = min(observations.shape[0], _START_ROWS)
@@ -146,11 +151,15 @@ class Convolution:
         missing = observations.missing_rows(0, rows)
         if missing is not None:
             residual = residual.masked_fill(missing, 0)
+        total: Any = rows
+        if weight is not None:
+            residual = residual * weight[:rows].sqrt().unsqueeze(1)
+            total = weight[:rows].double().sum()
         places = _Places(*(one.to(residual.device) for one in self._places))
         patches = residual.new_zeros(rows, self.n_places, self.n_weights)
         patches[:, places.place, places.weight] = residual[:, places.pixel]
         patches = patches.reshape(-1, self.n_weights).double()
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        values, vectors = torch.linalg.eigh(patches.T @ patches / (total * self.n_places))
         values, vectors = values.flip(0)[:n_kernels], vectors.flip(1)[:, :n_kernels]
         # Each pixel is under this many places of a kernel, which share the work.
         cover = self.kernel_size[0] * self.kernel_size[1] / self.stride**2

@@ -28,7 +28,7 @@ __all__ = [
 CHUNK_ENTRIES = 2**20
 # Rows that are looked at before all are.
 _FIRST_ROWS = 64
-# Size of the terms of an objective of which float32 keeps two decimals.
+# Size of a term of an objective of which float32 keeps two decimals; the sums of a row keep less.
 _MOST_IN_SINGLE = 1e5
 
 

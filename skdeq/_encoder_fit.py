@@ -240,9 +240,7 @@ class EncoderTrainer:
         """Go once through the rows in the order given; return the mean loss of the batches."""
         rows, device = self.rows, self.weights.device
         count = -(-len(order) // self.options.batch_size)
-        mean_weight: Any = (
-            None if sample_weight is None else sample_weight.sum().to(device) / count
-        )
+        mean_weight: Any = None if sample_weight is None else sample_weight.mean().to(device)
         self._terms.zero_()
         self.variance.zero_()
         # Batches of equal size, give or take a row: a short last one would be a noisy one.
@@ -259,7 +257,7 @@ class EncoderTrainer:
                     self.run(batch, None, None)
                 else:
                     weight = sample_weight[index].to(device)
-                    self.run(batch, weight, weight.sum() / mean_weight)
+                    self.run(batch, weight, weight.mean() / mean_weight)
         self.variance /= count
         return float(self._terms.double().cpu() @ self.options.weights.vector) / count
 

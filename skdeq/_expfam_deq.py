@@ -84,7 +84,7 @@ class ExpFamilyDEQ(
     Parameters
     ----------
     n_components : int, default=2
-        Dimension k of the latents, at most ``min(n_samples, n_features)``.
+        Dimension k of the latents; with dense loadings at most ``min(n_samples, n_features)``.
 
     family : str or Family, default="gaussian"
         Law of the entries: "gaussian", "bernoulli", "binomial" (10 trials), "poisson",
@@ -128,11 +128,13 @@ class ExpFamilyDEQ(
         Prior precision of the latents, > 0.
 
     weight_decay : float, default=0.03
-        Penalty of the loadings, >= 0. At the optimum only the product of `alpha` and
-        `weight_decay` matters for the fitted predictors: together they are a penalty on the
-        nuclear norm of the matrix of predictors. Components that the penalty empties have
-        scores of zero. The larger the information of an entry (trials, counts), the more
-        penalty it bears: with binary data 1 is much, with 16 trials it is not.
+        Penalty of the loadings, >= 0. With one layer only the product of `alpha` and
+        `weight_decay` matters for the fitted predictors at the optimum: together they are a
+        penalty on the nuclear norm of the matrix of predictors. Components that the penalty
+        empties have scores of zero. The larger the information of an entry (trials, counts), the
+        more penalty it bears: with binary data 1 is much, with 16 trials it is not. The default
+        is for more rows than features; with more features than rows several times as much,
+        about ``(1 + sqrt(n_features / n_samples))**2`` times, keeps noise out of the loadings.
 
     exposure : {"total"} or None, default=None
         With "total" (Poisson), the offset of a row is ``log(row total / mean training row
@@ -154,7 +156,8 @@ class ExpFamilyDEQ(
 
     tol : float, default=1e-5
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, twice in a row. With "adam" the share shrinks with
+        have gained over the intercept alone, or of the objective where that is less but above
+        one, twice in a row. With "adam" the share shrinks with
         the steps once they are shorter than a tenth of the first.
 
     learning_rate : float, default=0.02
@@ -202,7 +205,7 @@ class ExpFamilyDEQ(
     intercept_ : ndarray of shape (n_features,)
         The intercept b. Of a feature that is at one end of the support wherever it is observed,
         such as a gene without a count, it is half an observation inside, and dense loadings are
-        zero.
+        zero, with the identity as canonical map.
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
         (n_features, h_1), with hidden layers; a column for each place of each of the kernels with
@@ -218,9 +221,9 @@ class ExpFamilyDEQ(
         Share of the deviance of the intercept-only model that each component removes; for
         Gaussian data PCA's explained variance ratio. They add up to the share that the model
         removes; one may be negative, and others exceed one, where components undo each other's
-        work far from the intercept, as weakly penalised ones of skewed data do. With more than
-        2e6 entries estimated from 256 or more random rows; after `partial_fit`, from the last
-        batch.
+        work far from the intercept, as those of skewed data do: compare models, not shares, to
+        choose their number. With more than 2e6 entries estimated from 256 or more random rows;
+        after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective, with all constants of the likelihood: before the step of each iteration of
         "scoring", and after each epoch of "adam".
@@ -664,7 +667,8 @@ class ExpFamilyDEQ(
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.input_tags.allow_nan = True
-        if isinstance(self.family, Family) or self.family in FAMILIES:
+        named = isinstance(self.family, str) and self.family in FAMILIES
+        if named or isinstance(self.family, Family):
             tags.input_tags.positive_only = get_family(self.family).support.low >= 0
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags

@@ -159,16 +159,19 @@ class FittedLatents(LatentLayout):
         """Warn of rows that are not solved."""
         left = int((~result.converged).sum())
         if left:
-            single = result.value.dtype == torch.float32
+            worst = float(result.residual[~result.converged].max())
             advice = [f"increase fixed_point_max_iter={self.fixed_point_max_iter}"]
             if self.fixed_point not in ("auto", *SOLVERS_WITH_HESSIANS):
                 advice.append("use fixed_point='newton'")
-            if single:
+            if worst <= self.fixed_point_tol:
+                # More iterations do not help.
+                advice = ["raise alpha, as their digits do not tell the latents apart"]
+            if result.value.dtype == torch.float32:
                 advice.append("pass float64 data or centre them")
             warn(
                 f"The latents of {left} of {len(result.converged)} rows are not solved to "
-                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual "
-                f"{float(result.residual.max()):.1e}, see map_latents): {', or '.join(advice)}.",
+                f"fixed_point_tol={self.fixed_point_tol:g} (largest residual {worst:.1e}, see "
+                f"map_latents): {', or '.join(advice)}.",
                 ConvergenceWarning,
             )
         return result
@@ -178,6 +181,9 @@ class FittedLatents(LatentLayout):
         latents = latents[:, -len(self._to_scores) :]
         if not self.whiten:
             latents = latents @ to_tensor(self._to_scores).to(latents)
+        elif not self._to_scores.any():
+            # All components are empty, and what is left of them is dust.
+            latents = torch.zeros_like(latents)
         return returned(latents, X, self)
 
 

@@ -23,10 +23,10 @@ def _positive_number(owner: str, name: str, value: object) -> float:
 
 
 def _below_zero(function: Callable[[Tensor], Tensor], eta: Tensor) -> Tensor:
-    """Evaluate `function` where eta < 0 and return +inf elsewhere."""
+    """Evaluate `function` where eta < 0, or is no number, and return +inf elsewhere."""
     # The inner `where` keeps autograd from meeting 0 * inf in the branch that is not taken.
-    inside = eta < 0
-    return torch.where(inside, function(torch.where(inside, eta, -1.0)), math.inf)
+    outside = eta >= 0
+    return torch.where(outside, math.inf, function(torch.where(outside, -1.0, eta)))
 
 
 def _stirling_remainder(z: Tensor) -> Tensor:

@@ -198,7 +198,13 @@ class Family(_EqualByParameters, ABC):
 
     def log_prob(self, x: Tensor, eta: Tensor) -> Tensor:
         """Return log p(x | eta) with all constants; -inf for eta outside the domain."""
-        return self.sufficient(x) * eta - self.log_partition(eta) + self.log_base(x)
+        # An infinite eta, such as the link of a count of 0, is as good as a number whose products
+        # are just finite.
+        most = torch.finfo(eta.dtype).max ** 0.5
+        finite = eta.clamp(-most, most)
+        result = self.sufficient(x) * finite - self.log_partition(finite) + self.log_base(x)
+        unknown = torch.isnan(eta) | torch.isnan(x)
+        return torch.where(torch.isnan(result) & ~unknown, -math.inf, result)
 
     def saturated(self, x: Tensor) -> Tensor:
         """Return the eta at which the likelihood of `x` is greatest, `link` of T(x), made finite.

@@ -387,7 +387,9 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
 
     def _learn_targets(self, y, sample_weight) -> None:
         """Take note of location and scale."""
-        largest = np.maximum(np.abs(y).max(axis=0), np.finfo(float).tiny)
+        largest = np.abs(y).max(axis=0)
+        # Of zeros there is no scale, and later targets may have any.
+        largest = np.where(largest > 0, largest, 1.0)
         mean = np.average(y / largest, axis=0, weights=sample_weight)
         spread = np.sqrt(np.average(np.square(y / largest - mean), axis=0, weights=sample_weight))
         # Of a constant only rounding is left.

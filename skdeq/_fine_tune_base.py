@@ -235,7 +235,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         if sample_weight is not None:
             sample_weight = check_weights(sample_weight, X)
             kept = np.flatnonzero(sample_weight)
-            X, y, sample_weight = take_rows(X, kept), y[kept], sample_weight[kept]
+            if len(kept) < len(y):
+                X, y, sample_weight = take_rows(X, kept), y[kept], sample_weight[kept]
         return X, y, sample_weight
 
     def _check_head(self) -> None:
@@ -312,6 +313,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
             backbone.set_params(n_components=_default_components(X, sample_weight))
         if backbone.random_state is None:
             backbone.set_params(random_state=seed)
+        if self.device != "auto":
+            backbone.set_params(device=self.device)
         with progress.part("pretrain", backbone):
             backbone.fit(X, sample_weight=sample_weight)
         if hasattr(self, "feature_names_in_"):
@@ -321,10 +324,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
 
     def _latents(self, X, *, checked: bool = False) -> np.ndarray:
         """MAP latents of validated rows, in the top layer."""
+        backbone = copy.copy(self.backbone_)
+        if self.device != "auto":
+            backbone.device = self.device
         with parallel_chunks():
-            result, setting = self.backbone_._solve_validated(X)
+            result, setting = backbone._solve_validated(X)
         if checked:
-            self.backbone_._checked(result)
+            backbone._checked(result)
         return to_numpy(narrowed(result, setting).layers[-1])
 
     def _train(
@@ -425,8 +431,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         n_held_out = max(2, round(self.validation_fraction * len(targets)))
         if n_held_out > len(targets) - 2:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction} of {len(targets)} rows leaves "
-                "too few to train on or to validate; set early_stopping=False."
+                f"validation_fraction={self.validation_fraction} of n_samples={len(targets)} "
+                "leaves too few to train on or to validate; set early_stopping=False."
             )
         strata = self._strata(targets)
         if strata is not None:

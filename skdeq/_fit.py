@@ -1,14 +1,14 @@
 """The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skdeq._family import CanonicalMap
 from skdeq._hierarchy import HiddenLayer
-from skdeq._latents import solve_latents
+from skdeq._latents import solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, hidden_setting, null_model
 from skdeq._progress import Progress
 from skdeq._rotation import fix_signs
@@ -30,6 +30,8 @@ _TRIAL = 4
 # Rows and scales that the first kernels of a convolution are tried on.
 _TRIAL_ROWS = 500
 _HALVINGS, _MOST_HALVINGS = 8, 60
+# How often a move of the latents may be halved that takes intercepts out of their domain.
+_MOST_CUTS = 10
 # Iterations of each layer before all are trained together.
 _GREEDY = 20
 # Scaled residual up to which latents are solved for one step of a minibatch.
@@ -96,7 +98,11 @@ def _start(
     convolution = setting.convolution
     if convolution is not None:
         kernels = convolution.start(
-            setting.family, setting.observations, intercept, options.n_components
+            setting.family,
+            setting.observations,
+            setting.sample_weight,
+            intercept,
+            options.n_components,
         )
         return _best_scale(setting, options, kernels, intercept), trace
     sizes = (*options.hidden_layer_sizes, options.n_components)
@@ -156,7 +162,7 @@ def _add_layers(
         return model
     fits = [Scoring(setting, _GREEDY, 0.0).run(model, objective)]
     for size in sizes:
-        fits[-1] = _raised(fits[-1], setting.hidden_map)
+        fits[-1] = _raised(fits[-1], setting)
         given = hidden_setting(setting, fits[-1].latents)
         intercept, objective = null_model(given)
         above = _first_layer(given, size, generator, intercept, objective)
@@ -167,17 +173,22 @@ def _add_layers(
     return LatentModel(bottom.loadings, bottom.intercept, latents, upper)
 
 
-def _raised(model: LatentModel, hidden_map: CanonicalMap) -> LatentModel:
+def _raised(model: LatentModel, setting: Setting) -> LatentModel:
     """Move latents to where a map without negative values can reach most of them.
 
     Centred, half of them are out of its reach: the layer above would tell what is not there by
-    intercepts far below zero, where the map has no slope to learn by. Predictors stay as they are.
+    intercepts far below zero, where the map has no slope to learn by. Predictors stay as they are,
+    and latents of zero in the domain: where the intercepts would leave it, latents move less.
     """
-    if hidden_map.range.low < 0:
+    if setting.hidden_map.range.low < 0:
         return model
     step = model.latents.std(0, correction=0)
-    intercept = model.intercept - model.loadings @ step
-    return replace(model, intercept=intercept, latents=model.latents + step)
+    for _ in range(_MOST_CUTS):
+        intercept = model.intercept - model.loadings @ step
+        if bool(setting.family.domain.contains(intercept).all()):
+            return replace(model, intercept=intercept, latents=model.latents + step)
+        step = step / 2
+    return model
 
 
 def fit_full_batch(
@@ -193,14 +204,15 @@ def fit_full_batch(
     def finish(model: LatentModel) -> tuple[LatentModel, Trace]:
         trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
         trace.converged = scoring.converged
-        if scoring.exact:
-            # The latents are those of the loadings before the last; a Newton step or two mends
-            # that.
-            solved = solve_latents(
-                setting, *model.parameters, start=model.latents, **options.latent_solver()
-            )
-            model = replace(model, latents=solved.value)
-        return fix_signs(model), trace
+        # The latents are those of the loadings before the last, or on the way to them.
+        solved = solve_latents(
+            setting,
+            *model.parameters,
+            curvature=partial(typical_variance, setting, model, "rows"),
+            start=model.latents,
+            **options.latent_solver(),
+        )
+        return fix_signs(replace(model, latents=solved.value)), trace
 
     scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
     return finish(scoring.run(model, trace.null_objective))

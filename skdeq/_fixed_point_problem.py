@@ -128,7 +128,9 @@ def scaled_residual(gradient: Tensor, z: Tensor, stiffness: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scale), residual, torch.inf)
 
 
-def certified_residual(residual: Tensor, decrement: Tensor, rounding: Tensor) -> Tensor:
+def certified_residual(
+    residual: Tensor, decrement: Tensor, rounding: Tensor, caution: float = 1.0
+) -> Tensor:
     """Return the larger of residual and squared decrement (m,); 0 where rounding explains it.
 
     In units of a diagonal step an error along a direction that the data say little of is too small
@@ -142,13 +144,15 @@ def certified_residual(residual: Tensor, decrement: Tensor, rounding: Tensor) ->
         Squared Newton decrement.
     rounding : Tensor of shape (m,)
         Of the objective; not finite where nothing is known.
+    caution : float
+        Times what it is here that the decrement may be.
     """
     decrement = torch.nan_to_num(decrement, nan=torch.inf, posinf=torch.inf)
     # Of a term of the gradient, of size t with a variance of about that size, an error of e t adds
     # e^2 t. A step of zero where the Hessian could not be factorised tells nothing.
     noise = torch.finfo(decrement.dtype).eps * rounding
     is_noise = (decrement > 0) & (decrement <= noise) & torch.isfinite(noise)
-    return torch.where(is_noise, 0.0, torch.maximum(residual, decrement))
+    return torch.where(is_noise, 0.0, torch.maximum(residual, caution * decrement))
 
 
 def effective_tolerance(tol: float, dtype: torch.dtype) -> float:

@@ -51,5 +51,7 @@ def latents_inside(loadings: Tensor, intercept: Tensor, domain: Interval) -> Ten
 
 def predictors_inside(family: Family, like: Tensor) -> Tensor:
     """Linear predictors of this shape well inside the domain of a family."""
+    if family.domain.is_real_line:
+        return torch.zeros_like(like, requires_grad=False)
     inside = torch.full_like(like, family.base.domain.inside(), requires_grad=False)
     return inside if family.is_canonical else family.canonical_map.inverse(inside)

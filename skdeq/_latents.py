@@ -32,6 +32,8 @@ _VARIANCE_ROWS = 4096
 _VARIANCE_COLUMNS = 1024
 # Rows whose variances are formed at a time, fewer where there are more columns than that.
 _VARIANCE_CHUNK = 256
+# Rows that are scored at a time, and entries of their Hessians, at most.
+_SCORED_ROWS, _SCORED_ENTRIES = 1024, 2**23
 
 
 def solve_latents(
@@ -252,16 +254,21 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
     """
     design = problem.design
     if problem.scale_is_bounded:
-        return torch.addmm(start_map[-1], _gradient_at_zero(problem), start_map[:-1])
+        return _predicted(start_map, _gradient_at_zero(problem))
 
     def work(low: int, high: int) -> Tensor:
         part, rows = problem.chunk(low, high), torch.arange(high - low, device=design.device)
         zero = design.new_zeros(high - low, problem.r)
         objective, gradient = part.value_and_gradient(zero, rows)
-        predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
-        return _better_of(part, predicted, zero, rows, objective)
+        return _better_of(part, _predicted(start_map, gradient), zero, rows, objective)
 
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), design.device))
+
+
+def _predicted(start_map: Tensor, gradient: Tensor) -> Tensor:
+    predicted = torch.addmm(start_map[-1], gradient, start_map[:-1])
+    # A row of which nothing is observed is solved at zero, exactly.
+    return torch.where((gradient != 0).any(1, keepdim=True), predicted, 0.0)
 
 
 def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
@@ -306,17 +313,20 @@ def laplace_log_likelihood(
     Tensor of shape (n,), float64
     """
     exact = replace(setting, family=setting.family.exact)
-    problem = latent_problem(exact, loadings, intercept, upper)
+    # Sums over a row lose whole units in float32. A chunk of the data is made wide at a time.
+    parameters = loadings.double(), intercept.double(), tuple(layer.double() for layer in upper)
 
     def work(low: int, high: int) -> Tensor:
         rows = torch.arange(high - low, device=latents.device)
-        objective, _, hessian, _ = problem.chunk(low, high).derivatives(
-            latents[low:high], rows, observed=True
+        part = exact.take(rows + low).double()
+        objective, _, hessian, _ = latent_problem(part, *parameters).derivatives(
+            latents[low:high].double(), rows, observed=True
         )
-        return -objective - 0.5 * _log_determinant(hessian.double(), setting.alpha)
+        return -objective - 0.5 * _log_determinant(hessian, setting.alpha)
 
-    parts = map_chunks(work, len(latents), problem.hessian_rows(), latents.device)
-    return torch.cat(parts) + 0.5 * problem.r * math.log(setting.alpha)
+    n, k = latents.shape
+    size = max(1, min(_SCORED_ROWS, _SCORED_ENTRIES // k**2))
+    return torch.cat(map_chunks(work, n, size, latents.device)) + 0.5 * k * math.log(setting.alpha)
 
 
 def _log_determinant(hessian: Tensor, least: float) -> Tensor:

@@ -227,7 +227,10 @@ class Equilibrium:
         if left_out is not None:
             # Their slopes are not used, but have to be numbers: nothing times infinity is none.
             predictor = torch.where(left_out, predictors_inside(self.family, predictor), predictor)
-        slope = family.slope(predictor, self.statistic)
+        statistic = self.statistic
+        if beyond is not None:
+            statistic = torch.where(beyond, 0.0, statistic)
+        slope = family.slope(predictor, statistic)
         if missing is not None:
             slope = torch.where(missing, 0.0, slope)
         gradient = slope @ self.loadings + self.alpha * parts[0]

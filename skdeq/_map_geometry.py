@@ -101,7 +101,7 @@ class CurvatureMap:
         self._relative: Tensor | Any = None
         if n_rows is None:
             inner = values + penalty.double().amax()
-            self._inverse = ((vectors / inner) @ vectors.T).to(design.dtype)
+            self._inverse = (_over(vectors, inner) @ vectors.T).to(design.dtype)
         else:
             self._relative = design.new_ones(n_rows)
 
@@ -126,4 +126,9 @@ class CurvatureMap:
         if not self.adapts:
             return -(gradient @ self._inverse)
         inner = self._penalty + self._relative[rows].unsqueeze(1) * self._spectrum
-        return -((gradient @ self._basis) / inner) @ self._basis.T
+        return -_over(gradient @ self._basis, inner) @ self._basis.T
+
+
+def _over(numerator: Tensor, curvature: Tensor) -> Tensor:
+    """Divide; without penalty and without curvature there is nothing to go for."""
+    return torch.where(curvature > 0, numerator / curvature, 0.0)

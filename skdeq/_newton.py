@@ -228,7 +228,7 @@ def backtrack(
     point : Tensor of shape (m, r)
         Only the rows that failed are evaluated again; a row that never decreases stays put.
     length : Tensor of shape (m,)
-        Lengths taken.
+        Lengths taken; next to none of those that stay put.
     """
     length, point = start.new_ones(len(start)), start - step
     left = pending.nonzero().squeeze(1)

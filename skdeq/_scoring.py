@@ -37,6 +37,8 @@ _SMALL_RANK = 16
 # the bound: on binarised MNIST 0.6 needs four fifths of the iterations, 0.4 fails now and then.
 _FIRST_SHARE = 0.6
 _CAUTION = 1.5
+# Rows from which rounding of an objective is estimated, at most.
+_ROUNDED_ROWS = 1024
 # Halvings of a step along the limit of an intercept.
 _MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
@@ -133,7 +135,8 @@ class Scoring:
         Iterations at most; an iteration is one half over rows and one over columns.
     tol : float
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, twice in a row.
+        have gained over the intercept alone, or of the objective where that is less but above
+        one, twice in a row.
     progress : Progress, optional
         Is told of each iteration.
     finish : callable, optional
@@ -190,9 +193,9 @@ class Scoring:
         """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""
         n, p = self.setting.observations.shape
         k = model.loadings.shape[1]
-        self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
-        self.exact |= self.setting.family.variance_bound is None
-        self._half = self._newton_half if self.exact else self._majorised_half
+        self._exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
+        self._exact |= self.setting.family.variance_bound is None
+        self._half = self._newton_half if self._exact else self._majorised_half
         previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
@@ -231,7 +234,8 @@ class Scoring:
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
-            gained = max(null_objective - objective, 0.0)
+            # Of counts over decades the gain may be ten thousand times what is left to explain.
+            gained = min(max(null_objective - objective, 0.0), max(abs(objective), 1.0))
             if not refused:
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
@@ -242,14 +246,16 @@ class Scoring:
 
     def _rounding(self, model: LatentModel, objective: float) -> float:
         """Error that rounding of the predictors may make in a mean objective."""
-        sizes = self.setting.family.log_partition(model.intercept)
+        latents = model.latents[:: -(-len(model.latents) // _ROUNDED_ROWS)]
+        predictors = torch.addmm(model.intercept, latents, model.loadings.T)
+        sizes = self.setting.family.log_partition(predictors).abs().double().sum(1)
         # A and T(x) eta nearly cancel far from the origin.
-        terms = abs(objective) + 2 * float(sizes.abs().double().sum())
-        return torch.finfo(sizes.dtype).eps * terms
+        terms = abs(objective) + 2 * float(sizes.mean())
+        return torch.finfo(predictors.dtype).eps * terms
 
     def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""
-        if not self.exact and self._share < 1:
+        if not self._exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
             _, objective = self._rows(model)
             if not objective <= self.loss_curve[-1]:
@@ -324,7 +330,7 @@ class Scoring:
     def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
         """Variances along the design of one half, and whether all rows share them as they are."""
         bound = self.setting.family.variance_bound
-        if self.exact or bound is None:
+        if self._exact or bound is None:
             return None, False
         like = model.intercept if side == "rows" else model.latents[:, 0]
         return torch.full_like(like, self._share * bound), True

@@ -59,6 +59,9 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
     else:
         bad = _first_outside(X, family)
         if bad is not None:
+            X = _unrounded(X, family)
+            bad = _first_outside(X, family)
+        if bad is not None:
             _refuse(estimator, family, *bad)
     _check_size(X, family)
     if reset:
@@ -301,6 +304,20 @@ def _first_outside(X: Tensor, family: Family) -> tuple[int, int, float] | None:
             row, column = outside.nonzero()[0].tolist()
             return start + row, column, float(X[start + row, column])
     return None
+
+
+def _unrounded(X: Tensor, family: Family) -> Tensor:
+    """Put back onto an end of the support what rounding has taken beyond it, in a copy.
+
+    What a MinMaxScaler makes of a column's maximum may be 1 + 2e-16.
+    """
+    slack = 8 * torch.finfo(X.dtype).eps
+    for end in (family.support.low, family.support.high):
+        if not np.isfinite(end):
+            continue
+        near = (X - end).abs() <= slack * max(1.0, abs(end))
+        X = torch.where(near & ~family.support.contains(X), end, X)
+    return X
 
 
 def _check_sparse(estimator, X, family: Family) -> None:

@@ -1,6 +1,6 @@
 r"""Solvers for many small fixed-point problems at once, each row with its own stopping rule.
 
-A *problem* holds ``n_rows`` independent convex minimisations in ``r`` unknowns whose stationary
+A *problem* holds ``n_rows`` independent minimisations in ``r`` unknowns whose stationary
 points are the fixed points of a map ``f``. The answer of a row is the point where its own residual
 was below the tolerance, and does not depend on the rows that were solved beside it; solved rows
 are left out as soon as that costs less than to go on with them.

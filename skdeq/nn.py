@@ -75,7 +75,7 @@ class EquilibriumLayer(nn.Module):
         a ConvergenceWarning says so.
     tol : float, default=1e-6
         Scaled residual at which a row is solved, see :mod:`skdeq.fixed_point`. Gradients are those
-        of the exact equilibrium, to about the same relative error.
+        of the exact equilibrium, to a relative error of some ten times as much.
     max_iter : int, default=50
         Iterations of the solver.
     device : torch.device or str, optional

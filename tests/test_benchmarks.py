@@ -331,3 +331,10 @@ def test_every_table_of_the_encoder_is_made(table, data, run_script, monkeypatch
 )
 def test_every_script_makes_its_tables(name, arguments, needs_data, data, run_script):
     check_table(run_script(name, *arguments, *(["--data", str(data)] if needs_data else [])))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--all", "--quick", "--device", "cuda"])
+    assert "--device=cuda, but torch finds no CUDA device" in capsys.readouterr().err

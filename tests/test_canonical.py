@@ -5,9 +5,11 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import FAMILY_OBJECTS, log_joint, sample
+from scipy import stats
 from scipy.optimize import lsq_linear
 
 from skdeq import ExpFamilyDEQ
+from skdeq._canonical import MappedFamily
 from skdeq.families import CANONICAL_MAPS, CanonicalMap, ReLU, get_canonical_map, get_family
 
 MAPS = [name for name in CANONICAL_MAPS if name != "identity"]
@@ -237,3 +239,16 @@ def test_bad_pairs_are_refused_in_words():
         )
     with pytest.raises(ValueError, match="mask must be one of"):
         ReLU(mask="dropout")
+
+
+@pytest.mark.parametrize("name", sorted(CANONICAL_MAPS))
+def test_likelihoods_of_a_mapped_family_are_those_at_its_canonical_parameters(name):
+    family, x = get_family("poisson"), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    canonical_map = get_canonical_map(name)
+    zeta = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    mapped = MappedFamily(family, canonical_map)
+    eta = canonical_map.value(zeta)
+    law = stats.poisson(eta.exp().numpy())
+    np.testing.assert_allclose(mapped.log_prob(x, zeta), law.logpmf(x.numpy()), rtol=1e-12)
+    expected = 2 * (stats.poisson(x.numpy()).logpmf(x.numpy()) - law.logpmf(x.numpy()))
+    np.testing.assert_allclose(mapped.deviance(x, zeta), expected, rtol=1e-9, atol=1e-12)

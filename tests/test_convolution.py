@@ -211,7 +211,7 @@ def test_gaps_say_nothing_of_the_first_kernels():
     filled = torch.where(torch.isnan(holes), mean, holes)
     family, convolution = get_family("poisson"), Convolution((1, 8, 8), (3, 3), 2)
     kernels = [
-        convolution.start(family, to_observations(one, family, one.device), mean.log(), 2)
+        convolution.start(family, to_observations(one, family, one.device), None, mean.log(), 2)
         for one in (holes, filled)
     ]
     torch.testing.assert_close(*kernels)
@@ -287,3 +287,16 @@ def test_streams_and_warm_starts_keep_the_kernels_tied():
 def test_bad_geometry_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         fitted(**options)
+
+
+def test_weights_of_the_first_kernels_are_repetition():
+    X = torch.from_numpy(np.round(load_digits().data[:60]))
+    weight = torch.from_numpy(np.random.default_rng(0).integers(1, 4, 60))
+    family, convolution = get_family("poisson"), Convolution((1, 8, 8), (3, 3), 2)
+    repeated = X.repeat_interleave(weight, 0)
+    intercept = repeated.mean(0).clamp_min(0.1).log()
+    kernels = [
+        convolution.start(family, to_observations(one, family, one.device), w, intercept, 2)
+        for one, w in ((X, weight.double()), (repeated, None))
+    ]
+    torch.testing.assert_close(*kernels)

@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 
 import skdeq._expfam_base as expfam_base
 from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
@@ -418,6 +419,60 @@ def test_shared_curvature_reaches_the_same_optimum(family, monkeypatch):
 def test_curvatures_without_a_bound_are_not_shared(family, monkeypatch):
     small, large = fits_of_small_and_of_large_data(family, monkeypatch)
     assert large.loss_curve_ == small.loss_curve_
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_scores_of_a_fit_with_shared_curvature_are_principal(monkeypatch):
+    monkeypatch.setattr("skdeq._scoring._SMALL_RANK", 0)
+    monkeypatch.setattr("skdeq._scoring._HESSIAN_FLOPS", 0)
+    X = sample("bernoulli", n=300, p=20, k=4)
+    deq = ExpFamilyDEQ(4, family="bernoulli", random_state=0, max_iter=5, fixed_point_tol=1e-9)
+    covariance = np.cov(deq.fit(X).transform(X).T)
+    variance = np.diag(covariance)
+    assert (np.diff(variance) < 0).all()
+    # Of rows that are solved; those on the way of the fit are not.
+    assert np.abs(covariance - np.diag(variance)).max() < 1e-6 * variance.max()
+
+
+def test_a_certificate_holds_for_rows_of_less_curvature_than_others():
+    # Next to the ends counts have next to no variance, and the curvature that rows share none of
+    # it.
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(300, 20)) @ rng.normal(size=(20, 40)) * 2 / np.sqrt(20)
+    X = rng.binomial(1000, 1 / (1 + np.exp(-logits))).astype(float)
+    extreme = np.where(rng.random((60, 40)) < 0.5, 1000.0, 0.0)
+    deq = ExpFamilyDEQ(20, family=Binomial(1000), weight_decay=0.001, random_state=0, max_iter=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = deq.fit(X).map_latents(extreme)
+        exact = deq.set_params(fixed_point="newton", fixed_point_tol=1e-12).map_latents(extreme)
+
+    def objective(z):
+        eta = z @ deq.loadings_.T + deq.intercept_
+        loss = 1000 * np.logaddexp(0, eta) - extreme * eta
+        return loss.sum(1) + 0.5 * (z**2).sum(1)
+
+    assert found.converged.all()
+    # Half of the squared decrement, at most.
+    assert (objective(found.value) - objective(exact.value)).max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [2, 18])
+def test_a_row_of_nothing_has_latents_of_zero(k):
+    X = sample("bernoulli", n=100, p=30)
+    deq = ExpFamilyDEQ(k, family="bernoulli", random_state=0, max_iter=3, whiten=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        deq.fit(X)
+    X[3] = np.nan
+    assert not deq.transform(X)[3].any()
+
+
+@pytest.mark.parametrize("family", [["poisson"], None, 3])
+def test_an_unusable_family_has_tags_and_a_picture(family):
+    deq = ExpFamilyDEQ(family=family)
+    assert not get_tags(deq).input_tags.positive_only
+    assert "ExpFamilyDEQ" in deq._repr_html_()
 
 
 def test_whitened_latents_and_scores_have_the_same_predictors():
@@ -1280,3 +1335,42 @@ def test_complete_gaussian_data_start_at_their_optimum(shape, monkeypatch):
     np.testing.assert_allclose(
         np.linalg.svd(fitted - fitted.mean(axis=0), compute_uv=False)[:3], shrunk, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["continuous_bernoulli", "bernoulli"])
+def test_what_a_scaler_has_rounded_beyond_the_support_is_accepted(family):
+    X = np.random.default_rng(0).random((50, 4))
+    X[0], X[1] = 1.0, 0.0
+    beyond = X.copy()
+    beyond[0], beyond[1] = 1 + 2.3e-16, -1e-17
+    make = ExpFamilyDEQ(2, family=family, max_iter=5, tol=1.0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = make.fit(X).transform(X)
+        np.testing.assert_array_equal(make.fit(beyond).transform(beyond), expected)
+    assert beyond[0, 0] > 1
+    beyond[2, 1] = 1.001
+    with pytest.raises(ValueError, match="row 2, column 1 of X is 1.001"):
+        make.fit(beyond)
+
+
+def test_whitened_latents_of_an_empty_model_are_zero():
+    X = np.random.default_rng(0).poisson(0.05, (150, 6)).astype(float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        latents = ExpFamilyDEQ(4, family="poisson", alpha=20.0, whiten=True).fit_transform(X)
+    assert not latents.any()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_that_lack_digits_are_not_told_to_iterate():
+    rng = np.random.default_rng(0)
+    eta = rng.normal(size=(60, 2)) @ rng.normal(size=(2, 12)) * 0.6 + rng.normal(size=12) * 0.3
+    X = rng.poisson(np.exp(eta + 0.5) * rng.gamma(1.0, 1.0, eta.shape)) * 1e6
+    deq = ExpFamilyDEQ(3, family="negative_binomial").fit(X)
+    result = deq.map_latents(X)
+    if result.converged.all():
+        pytest.skip("all rows have digits enough here")
+    with pytest.warns(ConvergenceWarning, match="digits do not tell the latents apart") as caught:
+        deq.transform(X)
+    assert "fixed_point_max_iter" not in str(caught[0].message)

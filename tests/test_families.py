@@ -722,3 +722,18 @@ def test_summed_statistics_are_the_sums(name, width, dtype):
     atol = 1e-6 * getattr(family, "n_trials", 1)
     torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=atol)
     torch.testing.assert_close(mean.double(), family.mean(eta.double()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_log_prob_of_infinite_parameters_is_a_limit(name):
+    family = get_family(name)
+    x = torch.tensor([family.support.low, family.support.high], dtype=torch.float64)
+    x = x[torch.isfinite(x) & family.support.contains(x)]
+    if family.unbounded_at or not len(x):
+        x = x[:0]
+    # At the end of the support that it stands for, an infinite parameter makes x certain.
+    certain = family.log_prob(x, family.link(family.sufficient(x)))
+    torch.testing.assert_close(certain, torch.zeros_like(x))
+    one = torch.tensor(1.0, dtype=torch.float64)
+    assert float(family.log_prob(one, -one * math.inf)) < -1e100
+    assert torch.isnan(family.log_prob(one, one * math.nan))

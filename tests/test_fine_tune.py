@@ -619,7 +619,7 @@ def test_few_rows_and_rare_classes():
     assert np.isfinite(few.validation_scores_).all()
     rare = np.where(np.arange(400) == 7, "rare", label)
     assert len(classifier(early_stopping=True, max_iter=3).fit(X, rare).classes_) == 3
-    with pytest.raises(ValueError, match="validation_fraction=0.1 of 3 rows"):
+    with pytest.raises(ValueError, match="validation_fraction=0.1 of n_samples=3 "):
         classifier(early_stopping=True).fit(X[:3], ["low", "high", "low"])
     for sizes in [(-1,), (8.5,), (0,)]:
         with pytest.raises(ValueError, match="head_layer_sizes must be integers"):
@@ -737,6 +737,21 @@ def test_training_that_runs_away_is_undone(learning_rate):
     assert fitted.score(X, number) > 0.6
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_targets_of_zero_leave_a_scale_for_later_ones(stream):
+    X = sample("gaussian", n=90, p=5)
+    y = X @ np.arange(5.0)
+    network = DEQRegressor(ExpFamilyDEQ(2, random_state=0), random_state=0, warm_start=not stream)
+    learn = network.partial_fit if stream else network.set_params(max_iter=20).fit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        learn(X, np.zeros(90))
+        for _ in range(100 if stream else 1):
+            learn(X, y)
+    assert np.isfinite(network.loss_curve_).all()
+    assert network.score(X, y) > 0.3
+
+
 def test_a_constant_target_is_predicted_exactly():
     X, _, number = data()
     fitted = regressor().fit(X, np.full(len(X), 1000.0))
@@ -834,3 +849,12 @@ def test_a_stream_raises_the_kind_of_error_that_fit_does():
     unfitted = DEQClassifier(FrozenEstimator(ExpFamilyDEQ(family="poisson")))
     with pytest.raises(NotFittedError, match="It is batch 1 of this stream"):
         unfitted.partial_fit(X, label, classes=np.unique(label))
+
+
+def test_a_device_is_that_of_the_backbone_too():
+    X, label, _ = data()
+    fitted = classifier(max_iter=1, device="cpu").fit(X, label)
+    assert fitted.backbone_.device == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="CUDA"):
+            fitted.set_params(device="cuda").predict(X)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from conftest import sample
 from scipy import stats
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
 
 import skdeq._fit as fit
 from skdeq import ExpFamilyDEQ
@@ -23,6 +25,24 @@ def test_minibatches_have_the_size_asked_for(batch_size, monkeypatch):
     deq = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X)
     size = batch_size or 256
     assert sizes == deq.n_iter_ * [min(size, 300 - low) for low in range(0, 300, size)]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_fit_to_counts_over_decades_does_not_end_early():
+    # Next to what the first iterations gain, what is left of the objective is next to nothing.
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(300, 3))
+    X = rng.poisson(np.exp(1.5 * latents @ rng.normal(size=(3, 30)))).astype(float)
+    deq = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
+    scores = deq.transform(X)
+    assert LinearRegression().fit(scores, latents).score(scores, latents) > 0.98
+
+
+def test_rounding_of_large_centred_data_is_no_want_of_convergence():
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        X = 100 * rng.normal(size=(400, 2)) @ rng.normal(size=(2, 30)) + rng.normal(size=(400, 30))
+        assert ExpFamilyDEQ(5, random_state=0).fit(X).converged_
 
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-4])
@@ -46,3 +66,20 @@ def test_the_seed_decides_on_the_start_of_large_data(monkeypatch):
     )
     assert one.tobytes() == two.tobytes() != three.tobytes()
     assert np.abs(one - three).max() > 1e-6
+
+
+@pytest.mark.parametrize("n_components", [9, 10])
+def test_without_weight_decay_components_beyond_the_rank_are_empty(n_components):
+    X = np.random.default_rng(0).normal(size=(100, 10))
+    X[:, 4] = 1
+    deq = ExpFamilyDEQ(n_components, alpha=1e-8, weight_decay=0).fit(X)
+    scores = PCA(n_components).fit_transform(X)
+    np.testing.assert_allclose(np.abs(deq.transform(X)), np.abs(scores), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e6])
+def test_rounding_of_large_data_is_no_want_of_convergence(scale):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        X = rng.normal(size=(100, 20)) @ rng.normal(size=(20, 20)) * scale
+        assert ExpFamilyDEQ(3, random_state=0).fit(X).converged_

@@ -378,3 +378,16 @@ def test_layers_below_a_map_without_negative_values_are_alive(hidden_map):
     neighbours = KNeighborsClassifier().fit(model.transform(X[:600]), y[:600])
     # Where the first layer's latents were centred none or few of the components lived: 0.1, 0.6.
     assert neighbours.score(model.transform(X[600:]), y[600:]) > 0.7
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("hidden_map", ["relu", "softplus"])
+@pytest.mark.parametrize("seed", range(4))
+def test_intercepts_stay_in_the_domain_below_maps_without_negative_values(seed, hidden_map):
+    rng = np.random.default_rng(seed)
+    mean = np.exp(rng.normal(size=(100, 2)) @ rng.normal(size=(2, 12)) * 0.6)
+    X = rng.gamma(1.0, mean) + 1e-9
+    options = {"hidden_layer_sizes": (5,), "hidden_map": hidden_map, "max_iter": 2}
+    deq = ExpFamilyDEQ(2, family="gamma", random_state=0, **options).fit(X)
+    assert (deq.intercept_ < 0).all()
+    assert np.isfinite(deq.loss_curve_).all()

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import math
 import warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from skdeq import ExpFamilyDEQ
-from skdeq.families import get_family
+from skdeq.families import CanonicalMap, Interval, get_family
 from skdeq.implicit import attach_gradient
 from skdeq.nn import EquilibriumLayer
 
@@ -225,10 +226,10 @@ def test_rows_that_are_not_solved_are_warned_of_once(compiled):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         function(x)
-        module.max_iter = 1
+        module.max_iter = 2
         left = int((~module.certify(x).converged).sum())
     assert 0 < left < 20
-    with pytest.warns(ConvergenceWarning, match=f"{left} of 20 rows .* max_iter=1") as caught:
+    with pytest.warns(ConvergenceWarning, match=f"{left} of 20 rows .* max_iter=2") as caught:
         function(x)
     assert sum(one.category is ConvergenceWarning for one in caught) == 1
 
@@ -567,3 +568,35 @@ def test_is_made_where_and_in_the_type_that_is_asked_for():
     assert {(one.dtype, one.device.type) for one in module.parameters()} == {
         (torch.float64, "meta")
     }
+
+
+def test_a_map_that_decreases_starts_from_zero():
+    class LogRate(CanonicalMap):
+        range = Interval(-math.inf, 0, False, False)
+
+        def value(self, zeta):
+            return -torch.exp(zeta)
+
+        def derivative(self, zeta):
+            return -torch.exp(zeta)
+
+    module = EquilibriumLayer(10, 2, family="gamma", canonical_map=LogRate())
+    assert not module.intercept.any()
+    x = torch.rand(5, 10) + 0.5
+    assert torch.isfinite(module(x)).all()
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("options", [{}, {"hidden_layer_sizes": (3,)}], ids=str)
+@pytest.mark.parametrize("family", ["poisson", "gaussian", "gamma"])
+def test_a_row_with_an_infinite_entry_leaves_the_gradients_of_the_others(family, options):
+    torch.manual_seed(0)
+    module = EquilibriumLayer(4, 2, family=family, **options).double()
+    x = torch.rand(8, 4, dtype=torch.float64) + 0.5
+    module(x[1:]).square().sum().backward()
+    expected = [one.grad.clone() for one in module.parameters()]
+    x[0, 0] = torch.inf
+    module.zero_grad()
+    module(x)[1:].square().sum().backward()
+    for one, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(one.grad, gradient)

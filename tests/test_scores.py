@@ -40,6 +40,19 @@ def test_sparse_gaussian_score_is_the_normal_density():
     assert_allclose(deq.score_samples(sp.csr_array(X)), law.logpdf(X), atol=1e-8)
 
 
+def test_float32_scores_of_many_columns_far_from_zero_are_the_normal_density():
+    rng = np.random.default_rng(0)
+    p = 784
+    X = rng.normal(size=(60, 3)) @ rng.normal(size=(3, p)) + rng.normal(size=(60, p)) + 300
+    X = X.astype(np.float32)
+    deq = ExpFamilyDEQ(3, random_state=0).fit(X)
+    assert deq.loadings_.dtype == np.float32
+    W, b = deq.loadings_.astype(float), deq.intercept_.astype(float)
+    law = stats.multivariate_normal(b, W @ W.T + np.eye(p))
+    # Summed in float32 they were off by twenty.
+    assert_allclose(deq.score_samples(X), law.logpdf(X.astype(float)), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "options",
     [
