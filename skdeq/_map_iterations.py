@@ -19,6 +19,9 @@ _MEMORY = 3
 # Iterations between looks at the rows: who is solved, and who has to go back. A look costs about
 # half of what else an iteration does besides its matrix products.
 _LOOK = 2
+# Looks without a better point after which a row goes back to its best one: it may go round in a
+# circle in which no gradient doubles.
+_PATIENCE = 8
 # Looks between evaluations of the curvature that scales the residual.
 _REFRESH = 4
 
@@ -28,7 +31,8 @@ class _Descent:
 
     Points are compared by their gradients. The scaled residual would not do: where an overshoot
     has made the curvature enormous, it is small far from any solution. A row whose gradient
-    doubles goes back to its best point and halves its step from then on.
+    doubles, or does not get smaller for long, goes back to its best point and halves its step
+    from then on.
     """
 
     # Of the rows at work, from the first evaluation on.
@@ -57,6 +61,8 @@ class _Descent:
         self._best = start.clone()
         self._size = start.new_full((n_rows,), torch.inf)
         self._residual = self._size.clone()
+        # Looks since the best point was found.
+        self._stale = torch.zeros_like(self._places)
 
     def evaluate(self, iteration: int) -> bool:
         """Evaluate the gradient at ``z``; return whether the rows have been looked at as well.
@@ -72,7 +78,9 @@ class _Descent:
         )
         size = self.gradient.abs().amax(1)
         better = size < self._size
-        self.failed = ~(size <= 2 * self._size)
+        self._stale = torch.where(better, 0, self._stale + 1)
+        self.failed = ~(size <= 2 * self._size) | (self._stale >= _PATIENCE)
+        self._stale.masked_fill_(self.failed, 0)
         self._best = torch.where(better.unsqueeze(1), self.z, self._best)
         self._size = torch.where(better, size, self._size)
         self._residual = torch.where(better, residual, self._residual)
@@ -100,7 +108,7 @@ class _Descent:
             return None
         stay = self._open.nonzero().squeeze(1)
         at_work = ("z", "gradient", "damping", "failed")
-        for name in ("_places", "_open", "_best", "_size", "_residual", *at_work):
+        for name in ("_places", "_open", "_best", "_size", "_residual", "_stale", *at_work):
             setattr(self, name, getattr(self, name)[stay])
         self.problem = self.problem.select(stay)
         self.rows = torch.arange(self._n_open, device=stay.device)
@@ -132,8 +140,9 @@ def picard(
 ) -> FixedPointResult:
     """Solve by repeating the map, ``z <- f(z)``, as the equilibrium layer unrolled would.
 
-    A row whose gradient is found doubled returns to its best point and halves its step from then
-    on, so that a map that does not contract makes a row slow but not infinite.
+    A row whose gradient is found doubled, or no smaller for long, returns to its best point and
+    halves its step from then on, so that a map that does not contract makes a row slow but
+    neither infinite nor go round for ever.
 
     Parameters
     ----------
