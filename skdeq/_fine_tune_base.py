@@ -394,11 +394,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 ConvergenceWarning,
             )
         elif trainer.undone:
+            times = "once" if trainer.undone == 1 else f"{trainer.undone} times"
             warn(
-                f"{trainer.undone} epochs of {type(self).__name__} ended with more than twice the "
-                "loss of a prediction that knows nothing of the rows; they were undone, and the "
-                "training went on with a tenth of the step each time. Lower "
-                f"learning_rate={self.learning_rate:g}.",
+                f"{type(self).__name__} was set back {times}, since an epoch ended with more than "
+                "twice the loss of a prediction that knows nothing of the rows, or none with less "
+                "than its loss; the training went on with a tenth of the step each time. Lower "
+                f"learning_rate={self.learning_rate:g} or "
+                f"backbone_learning_rate={self.backbone_learning_rate!r}.",
                 ConvergenceWarning,
             )
         elif not converged:

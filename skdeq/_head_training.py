@@ -33,6 +33,8 @@ __all__ = ["HeadOptions", "HeadTrainer", "TrainingRows"]
 _TOLERANCE = 1e-4
 # Times the loss of outputs of zero that the mean loss of an epoch may be.
 _ASTRAY = 2.0
+# Share of that loss above which training has come to nothing, and how often it begins again then.
+_NOTHING, _ATTEMPTS = 0.99, 2
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class HeadTrainer:
         self.scores: list[float] = []
         # Steps that left the domain of the family, or the finite numbers, and were taken back.
         self.taken_back = 0
-        # Epochs that were worse than outputs of zero, and were undone.
+        # Epochs that were worse than outputs of zero, and trainings that came to nothing, that
+        # were undone.
         self.undone = 0
 
     def _features(self, index: Tensor, training: bool) -> Tensor:
@@ -272,12 +275,13 @@ class HeadTrainer:
         best, quiet = (-np.inf, -np.inf), 0
         kept: list[Tensor] | None = None
         places = torch.from_numpy(rows)
-        astray = self._loss_of_nothing(places.to(self.rows.device))
+        astray = nothing = self._loss_of_nothing(places.to(self.rows.device))
         if going_on:
             # What was learned from other targets may be worse, and yet what to go on from.
             astray = max(astray, self.mean_loss(self.outputs(rows), rows))
         astray *= _ASTRAY
-        least, safe = np.inf, self._copied()
+        safe = first = self._copied()
+        least = np.inf
         for _ in range(options.max_iter):
             progress.begin()
             before = self._copied()
@@ -311,6 +315,11 @@ class HeadTrainer:
             stop = progress.end(
                 loss, partial(self._ended, kept), score=None if score is None else merit[0]
             )
+            blind = options.fine_tune and least > _NOTHING * nothing
+            if blind and quiet >= options.n_iter_no_change and self.undone < _ATTEMPTS:
+                # Steps that are too long may leave features that tell nothing of the rows.
+                self._undo(first)
+                best, quiet, kept = (-np.inf, -np.inf), 0, None
             if stop or quiet >= options.n_iter_no_change:
                 break
         self._end(kept)

@@ -728,11 +728,15 @@ def test_several_targets_in_streams_and_restarts():
 def test_training_that_runs_away_is_undone(learning_rate):
     X, label, number = data("gaussian")
     options = {"learning_rate": learning_rate, "max_iter": 40}
-    with pytest.warns(ConvergenceWarning, match=r"epochs of DEQClassifier .* Lower learning_rate"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"DEQClassifier was set back .* Lower learning_rate"
+    ):
         fitted = classifier("gaussian", **options).fit(X, label)
     assert fitted.score(X, label) > 0.8
     assert max(fitted.loss_curve_) > 2 * np.log(2) > 2 * fitted.loss_curve_[-1]
-    with pytest.warns(ConvergenceWarning, match=r"epochs of DEQRegressor .* Lower learning_rate"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"DEQRegressor was set back .* Lower learning_rate"
+    ):
         fitted = regressor("gaussian", **options).fit(X, number)
     assert fitted.score(X, number) > 0.6
 
@@ -858,3 +862,19 @@ def test_a_device_is_that_of_the_backbone_too():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="CUDA"):
             fitted.set_params(device="cuda").predict(X)
+
+
+def test_a_backbone_that_went_blind_begins_again_with_shorter_steps():
+    X, y = load_digits(n_class=3, return_X_y=True)
+    X, y = X[:150], y[:150]
+    backbone = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
+    network = DEQClassifier(
+        backbone,
+        backbone_learning_rate=5.0,
+        max_iter=40,
+        n_iter_no_change=4,
+        random_state=0,
+    )
+    with pytest.warns(ConvergenceWarning, match="was set back .* or none with less than its loss"):
+        network.fit(X, y)
+    assert network.score(X, y) > 0.8
