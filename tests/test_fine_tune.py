@@ -728,15 +728,11 @@ def test_several_targets_in_streams_and_restarts():
 def test_training_that_runs_away_is_undone(learning_rate):
     X, label, number = data("gaussian")
     options = {"learning_rate": learning_rate, "max_iter": 40}
-    with pytest.warns(
-        ConvergenceWarning, match="DEQClassifier was set back .* Lower learning"
-    ):
+    with pytest.warns(ConvergenceWarning, match="DEQClassifier was set back .* Lower learning"):
         fitted = classifier("gaussian", **options).fit(X, label)
     assert fitted.score(X, label) > 0.8
     assert max(fitted.loss_curve_) > 2 * np.log(2) > 2 * fitted.loss_curve_[-1]
-    with pytest.warns(
-        ConvergenceWarning, match="DEQRegressor was set back .* Lower learning"
-    ):
+    with pytest.warns(ConvergenceWarning, match="DEQRegressor was set back .* Lower learning"):
         fitted = regressor("gaussian", **options).fit(X, number)
     assert fitted.score(X, number) > 0.6
 
