@@ -98,6 +98,10 @@ class ReLU(CanonicalMap):
         result._width = width
         return result
 
+    def _parameters(self) -> tuple:
+        known = super()._parameters()
+        return (*known, ("width", self._width)) if self._width else known
+
     def value(self, zeta: Tensor) -> Tensor:
         """Return the positive part."""
         width = self._width

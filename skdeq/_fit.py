@@ -36,6 +36,9 @@ _MOST_CUTS = 10
 _GREEDY = 20
 # Scaled residual up to which latents are solved for one step of a minibatch.
 _LOOSE = 1e-3
+# The same for the latents of a whole fit whose iterations form no Hessians: a digit costs several
+# passes over the data, and the moments of the latents, which are all that is kept, need few.
+_CLOSE = 1e-4
 # Loss of an epoch, as a share of what the best one has gained, that sends the fit back to it.
 _ASTRAY = 0.1
 # Share of the first learning rate down to which the change of an epoch is held against the
@@ -205,12 +208,15 @@ def fit_full_batch(
         trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
         trace.converged = scoring.converged
         # The latents are those of the loadings before the last, or on the way to them.
+        solver = options.latent_solver()
+        if not scoring.exact:
+            solver["tol"] = max(solver["tol"], _CLOSE)
         solved = solve_latents(
             setting,
             *model.parameters,
             curvature=partial(typical_variance, setting, model, "rows"),
             start=model.latents,
-            **options.latent_solver(),
+            **solver,
         )
         return fix_signs(replace(model, latents=solved.value)), trace
 

@@ -193,9 +193,9 @@ class Scoring:
         """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""
         n, p = self.setting.observations.shape
         k = model.loadings.shape[1]
-        self._exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
-        self._exact |= self.setting.family.variance_bound is None
-        self._half = self._newton_half if self._exact else self._majorised_half
+        self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
+        self.exact |= self.setting.family.variance_bound is None
+        self._half = self._newton_half if self.exact else self._majorised_half
         previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
@@ -255,7 +255,7 @@ class Scoring:
 
     def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""
-        if not self._exact and self._share < 1:
+        if not self.exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
             _, objective = self._rows(model)
             if not objective <= self.loss_curve[-1]:
@@ -330,7 +330,7 @@ class Scoring:
     def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
         """Variances along the design of one half, and whether all rows share them as they are."""
         bound = self.setting.family.variance_bound
-        if self._exact or bound is None:
+        if self.exact or bound is None:
             return None, False
         like = model.intercept if side == "rows" else model.latents[:, 0]
         return torch.full_like(like, self._share * bound), True

@@ -297,7 +297,7 @@ class BatchObjective:
     ----------
     terms : Tensor of shape (3,)
         Terms of the last batch, without their weights: mean log-sum-exp, minus the sum of the
-        log variances, sum of the squared correlations.
+        log variances, sum of the squared correlations, with ``VARIANCE_FLOOR`` in each variance.
     """
 
     def __init__(

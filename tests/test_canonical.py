@@ -252,3 +252,10 @@ def test_likelihoods_of_a_mapped_family_are_those_at_its_canonical_parameters(na
     np.testing.assert_allclose(mapped.log_prob(x, zeta), law.logpmf(x.numpy()), rtol=1e-12)
     expected = 2 * (stats.poisson(x.numpy()).logpmf(x.numpy()) - law.logpmf(x.numpy()))
     np.testing.assert_allclose(mapped.deviance(x, zeta), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rounded_map_is_not_the_map_itself():
+    rounded = ReLU().smoothed(0.01)
+    assert rounded != ReLU() and rounded != ReLU().smoothed(0.1)
+    assert rounded == ReLU().smoothed(0.01) and hash(rounded) == hash(ReLU().smoothed(0.01))
+    assert repr(rounded) == "ReLU(mask='latents', width=0.01)"

@@ -430,8 +430,8 @@ def test_scores_of_a_fit_with_shared_curvature_are_principal(monkeypatch):
     covariance = np.cov(deq.fit(X).transform(X).T)
     variance = np.diag(covariance)
     assert (np.diff(variance) < 0).all()
-    # Of rows that are solved; those on the way of the fit are not.
-    assert np.abs(covariance - np.diag(variance)).max() < 1e-6 * variance.max()
+    # To the digits to which the fit solves its rows in the end; on the way there it has none.
+    assert np.abs(covariance - np.diag(variance)).max() < 1e-3 * variance.max()
 
 
 def test_a_certificate_holds_for_rows_of_less_curvature_than_others():
