@@ -156,8 +156,8 @@ class ExpFamilyDEQ(
 
     tol : float, default=1e-5
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, or of the objective where that is less but above
-        one, twice in a row. With "adam" the share shrinks with
+        have gained over the intercept alone, or of a hundred times the objective (above one)
+        where that is less, twice in a row. With "adam" the share shrinks with
         the steps once they are shorter than a tenth of the first.
 
     learning_rate : float, default=0.02

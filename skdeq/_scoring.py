@@ -39,6 +39,9 @@ _FIRST_SHARE = 0.6
 _CAUTION = 1.5
 # Rows from which rounding of an objective is estimated, at most.
 _ROUNDED_ROWS = 1024
+# Times the objective that a gain may be to be what its changes are held against. Of counts over
+# decades it may be ten thousand times what is left to explain, and fits ended half way.
+_MOST_GAINED = 100.0
 # Halvings of a step along the limit of an intercept.
 _MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
@@ -135,8 +138,8 @@ class Scoring:
         Iterations at most; an iteration is one half over rows and one over columns.
     tol : float
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, or of the objective where that is less but above
-        one, twice in a row.
+        have gained over the intercept alone, or of a hundred times the objective (above one)
+        where that is less, twice in a row.
     progress : Progress, optional
         Is told of each iteration.
     finish : callable, optional
@@ -234,8 +237,8 @@ class Scoring:
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
-            # Of counts over decades the gain may be ten thousand times what is left to explain.
-            gained = min(max(null_objective - objective, 0.0), max(abs(objective), 1.0))
+            most = _MOST_GAINED * max(abs(objective), 1.0)
+            gained = min(max(null_objective - objective, 0.0), most)
             if not refused:
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
