@@ -251,7 +251,9 @@ class Scoring:
         """Error that rounding of the predictors may make in a mean objective."""
         latents = model.latents[:: -(-len(model.latents) // _ROUNDED_ROWS)]
         predictors = torch.addmm(model.intercept, latents, model.loadings.T)
-        sizes = self.setting.family.log_partition(predictors).abs().double().sum(1)
+        sizes = self.setting.family.log_partition(predictors).abs().double()
+        # A step too far, or a gap, beyond the domain is no rounding.
+        sizes = torch.where(torch.isfinite(sizes), sizes, 0.0).sum(1)
         # A and T(x) eta nearly cancel far from the origin.
         terms = abs(objective) + 2 * float(sizes.mean())
         return torch.finfo(predictors.dtype).eps * terms

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import sample
 from scipy import stats
 from sklearn.decomposition import PCA
@@ -9,6 +10,10 @@ from sklearn.linear_model import LinearRegression
 
 import skdeq._fit as fit
 from skdeq import ExpFamilyDEQ
+from skdeq._model import LatentModel, Setting
+from skdeq._observations import Observations
+from skdeq._scoring import Scoring
+from skdeq.families import get_family
 
 
 @pytest.mark.parametrize("batch_size", [5, 7, None])
@@ -83,3 +88,13 @@ def test_rounding_of_large_data_is_no_want_of_convergence(scale):
         rng = np.random.default_rng(seed)
         X = rng.normal(size=(100, 20)) @ rng.normal(size=(20, 20)) * scale
         assert ExpFamilyDEQ(3, random_state=0).fit(X).converged_
+
+
+def test_a_step_out_of_the_domain_is_not_taken_for_rounding():
+    X = torch.from_numpy(sample("gamma", n=20, p=4))
+    setting = Setting(get_family("gamma"), Observations(X), 1.0, 0.03)
+    latents = torch.ones(20, 1, dtype=X.dtype)
+    loadings, intercept = torch.zeros(4, 1, dtype=X.dtype), -torch.ones(4, dtype=X.dtype)
+    loadings[0] = 2.0
+    beyond = LatentModel(loadings, intercept, latents)
+    assert 0 < Scoring(setting, 1, 0.0)._rounding(beyond, 5.0) < 1e-12
