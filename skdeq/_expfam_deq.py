@@ -156,7 +156,7 @@ class ExpFamilyDEQ(
 
     tol : float, default=1e-5
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, or of a hundred times the objective (above one)
+        have gained over the intercept alone, or of fifty times the objective (above one)
         where that is less, twice in a row. With "adam" the share shrinks with
         the steps once they are shorter than a tenth of the first.
 

@@ -41,7 +41,7 @@ _CAUTION = 1.5
 _ROUNDED_ROWS = 1024
 # Times the objective that a gain may be to be what its changes are held against. Of counts over
 # decades it may be ten thousand times what is left to explain, and fits ended half way.
-_MOST_GAINED = 100.0
+_MOST_GAINED = 50.0
 # Halvings of a step along the limit of an intercept.
 _MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
@@ -138,7 +138,7 @@ class Scoring:
         Iterations at most; an iteration is one half over rows and one over columns.
     tol : float
         Stop once an iteration lowers the objective by less than this share of what the latents
-        have gained over the intercept alone, or of a hundred times the objective (above one)
+        have gained over the intercept alone, or of fifty times the objective (above one)
         where that is less, twice in a row.
     progress : Progress, optional
         Is told of each iteration.

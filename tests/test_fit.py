@@ -43,6 +43,25 @@ def test_a_fit_to_counts_over_decades_does_not_end_early():
     assert LinearRegression().fit(scores, latents).score(scores, latents) > 0.98
 
 
+def test_some_rows_are_enough_to_choose_a_start(monkeypatch):
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(800, 3))
+    X = rng.poisson(np.exp(1.5 * latents @ rng.normal(size=(3, 30)))).astype(float)
+    deq = ExpFamilyDEQ(3, family="poisson", max_iter=300, tol=1e-8, random_state=0)
+    objective = deq.fit(X).loss_curve_[-1]
+    monkeypatch.setattr(fit, "_TRIAL_ROWS", 150)
+    rows = []
+    run = Scoring.run
+
+    def spy(scoring, *args):
+        rows.append(scoring.setting.observations.shape[0])
+        return run(scoring, *args)
+
+    monkeypatch.setattr(Scoring, "run", spy)
+    assert deq.fit(X).loss_curve_[-1] == pytest.approx(objective, rel=1e-5)
+    assert rows == [134, 134, 800]
+
+
 def test_rounding_of_large_centred_data_is_no_want_of_convergence():
     for seed in range(8):
         rng = np.random.default_rng(seed)

@@ -200,6 +200,38 @@ def test_derivatives_match_autograd(name):
         torch.testing.assert_close(hessian[row], exact, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("curvature", [None, 0.25])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_entries_without_loadings_only_add_to_the_objective(name, curvature):
+    # They are left out of every pass over the data; next to nothing for a loading keeps them in.
+    family, X = get_family(name), torch.from_numpy(sample(name, 20, 9))
+    generator = torch.Generator().manual_seed(0)
+    loadings = 0.1 * torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    loadings[[0, 5]] = 0
+    offset, penalty = family.link(X.mean(0)), torch.ones(3, dtype=torch.float64)
+    kept = loadings.clone()
+    kept[[0, 5], 0] = 1e-200
+    problems = [
+        MapProblem(
+            family,
+            design,
+            Observations(X),
+            penalty,
+            offset=offset,
+            curvature=None if curvature is None else torch.full_like(offset, curvature),
+            shared_map=True,
+        )
+        for design in (loadings, kept)
+    ]
+    assert [problem.q for problem in problems] == [7, 9]
+    z = 0.3 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    rows = torch.arange(20)
+    for one, other in zip(*(problem.derivatives(z, rows) for problem in problems), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    steps = [problem.shaped_step(problem.bare_gradient(z, rows), rows) for problem in problems]
+    torch.testing.assert_close(*steps, rtol=1e-12, atol=1e-12)
+
+
 def test_fixed_point_of_the_equilibrium_layer():
     problem = make_problem("bernoulli", alpha=2.0)
     z = newton(problem, zeros(problem), tol=1e-13, max_iter=50).value
