@@ -1,5 +1,6 @@
 """Canonical maps, and families seen through one: as functions of the linear predictor."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -94,7 +95,7 @@ class ReLU(CanonicalMap):
         A minimum of the log joint may lie on a kink, where the mask has no value that would make
         it a fixed point. There the limit of the rounded maps has one, between 0 and 1.
         """
-        result = ReLU(self.mask)
+        result = copy.copy(self)
         result._width = width
         return result
 
@@ -146,7 +147,9 @@ class ReLU(CanonicalMap):
     @property
     def exact(self) -> "ReLU":
         """The same map with the mask of the model."""
-        return ReLU()
+        result = copy.copy(self)
+        result.mask, result._width = "latents", 0.0
+        return result
 
 
 class Softplus(CanonicalMap):

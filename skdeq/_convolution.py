@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skdeq._family import Family
-from skdeq._observations import Observations
-
 __all__ = ["Convolution"]
-
-# Rows that the first kernels are made from.
-_START_ROWS = 2000
 
 
 class _Places(NamedTuple):
@@ -133,28 +127,16 @@ class Convolution:
         """Apply a change of maps (K, K) at every place: the matrix (K * places, K * places)."""
         return torch.kron(change, torch.eye(self.n_places, device="cpu").to(change))
 
-    def start(
-        self,
-        family: Family,
-        observations: Observations,
-        weight: Tensor | None,
-        intercept: Tensor,
-        n_kernels: int,
-    ) -> Tensor:
-        """First kernels (n_kernels, weights): principal axes of patches of working residuals."""
-        rows = min(observations.shape[0], _START_ROWS)
-        statistic = observations.dense_rows(0, rows)
-        variance = family.variance(intercept)
-        # Where next to nothing varies, a residual in units of the variance is next to infinite.
-        variance = variance + variance.mean()
-        residual = (statistic - family.mean(intercept)) / variance
-        missing = observations.missing_rows(0, rows)
-        if missing is not None:
-            residual = residual.masked_fill(missing, 0)
+    def start(self, residual: Tensor, weight: Tensor | None, n_kernels: int) -> Tensor:
+        """First kernels (n_kernels, weights): principal axes of patches of residuals (m, p).
+
+        Rows have weights (m,); the residuals are those of the linear predictors.
+        """
+        rows = len(residual)
         total: Any = rows
         if weight is not None:
-            residual = residual * weight[:rows].sqrt().unsqueeze(1)
-            total = weight[:rows].double().sum()
+            residual = residual * weight.sqrt().unsqueeze(1)
+            total = weight.double().sum()
         places = _Places(*(one.to(residual.device) for one in self._places))
         patches = residual.new_zeros(rows, self.n_places, self.n_weights)
         patches[:, places.place, places.weight] = residual[:, places.pixel]
@@ -164,4 +146,4 @@ class Convolution:
         # Each pixel is under this many places of a kernel, which share the work.
         cover = self.kernel_size[0] * self.kernel_size[1] / self.stride**2
         scale = (values.clamp_min(1e-8 * values[0]) / cover).sqrt()
-        return (vectors * scale).T.to(intercept.dtype).contiguous()
+        return (vectors * scale).T.to(residual.dtype).contiguous()

@@ -9,13 +9,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
-from skdeq._data import has_short_digits, log_base_rows, rows_of, take_rows
+from skdeq._data import has_short_digits, log_base_rows, rows_of
 from skdeq._end_columns import EndColumns, end_columns
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._expfam_layout import (
     changed_parameters,
     parameters_of_the_model,
-    refuse_changes,
 )
 from skdeq._family import Family
 from skdeq._family_checks import check_parts
@@ -43,8 +42,9 @@ from skdeq._validation import (
     check_columns,
     check_observations,
     check_stream_type,
-    check_weights,
+    refuse_changes,
     warn_of_ends,
+    weighted_rows,
 )
 from skdeq._warn import warn
 
@@ -81,15 +81,11 @@ class LatentVariableEstimator(FittedLatents):
         X = check_observations(self, X, family, reset=reset)
         if reset:
             check_parts(family, resolve_device(self.device, X))
-        n, p = X.shape
-        if sample_weight is not None:
-            sample_weight = check_weights(sample_weight, X)
-            if reset and not sample_weight.all():
-                # Rows without weight take no part in the fit, not even by leaving the domain.
-                kept = np.flatnonzero(sample_weight)
-                X, sample_weight = take_rows(X, kept), sample_weight[kept]
-                check_columns(self, X, "rows of positive weight")
+        n_given = X.shape[0]
+        sample_weight, X = weighted_rows(sample_weight, X)
         if reset:
+            if X.shape[0] < n_given:
+                check_columns(self, X, "rows of positive weight")
             warn_of_ends(X, family)
             self._in_double = has_short_digits(X, family)
         profile = None if reset else self._exposure_profile

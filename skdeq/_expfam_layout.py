@@ -14,7 +14,7 @@ from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
 from skdeq.families import get_canonical_map, get_family
 
-__all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model", "refuse_changes"]
+__all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model"]
 
 
 def _as_tuple(value: Any) -> tuple:
@@ -66,22 +66,6 @@ def changed_parameters(asked: dict[str, Any], there: dict[str, Any]) -> dict[str
         for name, form in _OF_THE_MODEL.items()
         if name not in idle and form(asked[name]) != form(there[name])
     }
-
-
-def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse to go on with a model that is not the one asked for.
-
-    Raises
-    ------
-    ValueError
-        If there are changes, see :func:`changed_parameters`; of one of them.
-    """
-    if changes:
-        name, (asked, there) = next(iter(changes.items()))
-        raise ValueError(
-            f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
-            f"{name}={there!r}; call fit to start anew."
-        )
 
 
 class LatentLayout(BaseEstimator):

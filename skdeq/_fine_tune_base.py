@@ -21,16 +21,20 @@ from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import VersionedMixin, host_array, resolve_device, to_numpy
 from skdeq._chunks import parallel_chunks
-from skdeq._data import take_rows
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._expfam_fitted import narrowed
-from skdeq._expfam_layout import changed_parameters, refuse_changes
+from skdeq._expfam_layout import changed_parameters
 from skdeq._head import Head
 from skdeq._head_training import HeadOptions, HeadTrainer, TrainingRows
 from skdeq._optimiser_state import OptimiserState
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, RandomState, VectorLike
-from skdeq._validation import check_observations, check_stream_type, check_weights
+from skdeq._validation import (
+    check_observations,
+    check_stream_type,
+    refuse_changes,
+    weighted_rows,
+)
 from skdeq._warn import warn
 from skdeq.families import get_family
 
@@ -232,11 +236,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 f"Found input variables with inconsistent numbers of samples: X has {X.shape[0]}, "
                 f"y has {len(y)}."
             )
-        if sample_weight is not None:
-            sample_weight = check_weights(sample_weight, X)
-            kept = np.flatnonzero(sample_weight)
-            if len(kept) < len(y):
-                X, y, sample_weight = take_rows(X, kept), y[kept], sample_weight[kept]
+        sample_weight, X, y = weighted_rows(sample_weight, X, y)
         return X, y, sample_weight
 
     def _check_head(self) -> None:
@@ -381,16 +381,19 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
         # A backbone that was fitted before has seen more than this batch.
         pooled = stream and (going_on or self._is_pretrained())
         self._store(trainer, append=going_on and stream, pooled=pooled)
+        self._warn_of_training(
+            trainer, converged, "loss" if held_out is None else "validation score"
+        )
+
+    def _warn_of_training(self, trainer: HeadTrainer, converged: bool, watched: str) -> None:
+        lower = f"learning_rate={self.learning_rate:g}"
+        if self.fine_tune and self.backbone_learning_rate is not None:
+            lower += f" or backbone_learning_rate={self.backbone_learning_rate:g}"
         if trainer.taken_back:
             warn(
                 f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
                 f"{self.backbone_.family!r} or the finite numbers and were taken back: lower "
-                f"learning_rate={self.learning_rate:g}"
-                + (
-                    f" or backbone_learning_rate={self.backbone_learning_rate:g}."
-                    if self.fine_tune and self.backbone_learning_rate is not None
-                    else "."
-                ),
+                f"{lower}.",
                 ConvergenceWarning,
             )
         elif trainer.undone:
@@ -399,15 +402,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
                 f"{type(self).__name__} was set back {times}, since an epoch ended with more than "
                 "twice the loss of a prediction that knows nothing of the rows, or none with less "
                 "than its loss; the training went on with a tenth of the step each time. Lower "
-                f"learning_rate={self.learning_rate:g} or "
-                f"backbone_learning_rate={self.backbone_learning_rate!r}.",
+                f"{lower}.",
                 ConvergenceWarning,
             )
         elif not converged:
-            what = "loss" if held_out is None else "validation score"
             warn(
                 f"{type(self).__name__} did not converge: within max_iter={self.max_iter} epochs "
-                f"the {what} never stood still, to within tol={self.tol:g}, for "
+                f"the {watched} never stood still, to within tol={self.tol:g}, for "
                 f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol.",
                 ConvergenceWarning,
             )

@@ -12,7 +12,7 @@ from skdeq._latents import solve_latents, typical_variance
 from skdeq._model import LatentModel, Setting, hidden_setting, null_model
 from skdeq._progress import Progress
 from skdeq._rotation import fix_signs
-from skdeq._scoring import Scoring, balance
+from skdeq._scoring import Scoring, balance, telling_gain
 from skdeq._spectral import spectral_start
 from skdeq._stochastic import (
     envelope_gradient,
@@ -28,8 +28,9 @@ _BATCH_SIZE = 256
 # Iterations after which two starts are compared, and rows, at most. All rows of MNIST as counts
 # (k = 50) would take as long as eight iterations of the fit, of which four are lost.
 _TRIAL, _TRIAL_ROWS = 4, 4096
-# Rows and scales that the first kernels of a convolution are tried on.
-_KERNEL_ROWS = 500
+# Rows that the first kernels of a convolution are made of, and rows and scales that they are
+# tried on.
+_PATCHED_ROWS, _SCALED_ROWS = 2000, 500
 _HALVINGS, _MOST_HALVINGS = 8, 60
 # How often a move of the latents may be halved that takes intercepts out of their domain.
 _MOST_CUTS = 10
@@ -101,25 +102,43 @@ def _start(
             return model, trace
     convolution = setting.convolution
     if convolution is not None:
-        kernels = convolution.start(
-            setting.family,
-            setting.observations,
-            setting.sample_weight,
-            intercept,
-            options.n_components,
-        )
+        some = _some_rows(setting, _PATCHED_ROWS)
+        residual = _working_residuals(some, intercept)
+        kernels = convolution.start(residual, some.sample_weight, options.n_components)
         return _best_scale(setting, options, kernels, intercept), trace
     sizes = (*options.hidden_layer_sizes, options.n_components)
     model = _first_layer(setting, sizes[0], generator, intercept, objective)
     return _add_layers(setting, model, sizes[1:], generator, objective), trace
 
 
+def _some_rows(setting: Setting, most: int) -> Setting:
+    """Evenly spaced rows, at most so many."""
+    n = setting.observations.shape[0]
+    if n <= most:
+        return setting
+    return setting.take(torch.arange(0, n, -(-n // most), device=setting.observations.device))
+
+
+def _working_residuals(setting: Setting, intercept: Tensor) -> Tensor:
+    """Residuals (n, p) of the linear predictors in the model without latents."""
+    family, observations = setting.family, setting.observations
+    predictor = intercept.unsqueeze(0)
+    if setting.row_offset is not None:
+        predictor = predictor + setting.row_offset.unsqueeze(1)
+    variance = family.variance(predictor)
+    # Where next to nothing varies, a residual in units of the variance is next to infinite.
+    variance = variance + variance.mean(1, keepdim=True)
+    n, _ = observations.shape
+    residual = (observations.dense_rows(0, n) - family.mean(predictor)) / variance
+    missing = observations.missing_rows(0, n)
+    return residual if missing is None else residual.masked_fill(missing, 0)
+
+
 def _best_scale(
     setting: Setting, options: FitOptions, kernels: Tensor, intercept: Tensor
 ) -> LatentModel:
     """Scale the first kernels to what serves some of the rows best."""
-    n = setting.observations.shape[0]
-    some = setting.take(torch.arange(0, n, max(1, n // _KERNEL_ROWS), device=intercept.device))
+    some = _some_rows(setting, _SCALED_ROWS)
     best: tuple[float, LatentModel | Any] = (torch.inf, None)
     null = null_model(some)[1]
     for halvings in range(_MOST_HALVINGS):
@@ -147,9 +166,7 @@ def _first_layer(
     # Counts that range over decades and counts that are mostly zero want different residuals;
     # the objective tells which these are, though not before a few iterations: on simulated
     # counts up to 3e5 one of the two starts fails to recover the latents now and then.
-    n = setting.observations.shape[0]
-    rows = torch.arange(0, n, -(-n // _TRIAL_ROWS), device=intercept.device)
-    some = setting if len(rows) == n else setting.take(rows)
+    some = _some_rows(setting, _TRIAL_ROWS)
     trials, ends = [], []
     for on_link_scale in (False, True):
         trials.append(Scoring(some, _TRIAL, 0.0))
@@ -284,7 +301,7 @@ def fit_minibatches(
         _, objective = envelope_gradient(setting, parameters, solved.value)
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
-        gained = max(trace.null_objective - objective, 0.0)
+        gained = telling_gain(trace.null_objective, objective)
         # At the end of the schedule steps are so short that little changes wherever they are.
         pace = schedule.get_last_lr()[0] / (_TELLING * schedule.base_lrs[0])
         still = abs(last - objective) <= options.tol * gained * min(1.0, pace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from skdeq._base import (
     to_tensor,
     torch_dtype,
 )
-from skdeq._data import take_rows, to_rows
+from skdeq._data import to_rows
 from skdeq._encoder_fit import (
     DEAD_VARIANCE,
     OPTIMISERS,
@@ -43,7 +43,13 @@ from skdeq._encoder_fit import (
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import CallbackSupportMixin, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
-from skdeq._validation import check_codes, check_rows, check_stream_type, check_weights
+from skdeq._validation import (
+    check_codes,
+    check_rows,
+    check_stream_type,
+    refuse_changes,
+    weighted_rows,
+)
 from skdeq._warn import warn
 from skdeq.objectives import (
     ACTIVATIONS,
@@ -386,17 +392,7 @@ class ImplicitEMEncoder(
                 past, state = EncoderTrace(), []
             else:
                 check_stream_type(X, self.components_)
-                if type(self._activation()).__name__ != self._trained_activation:
-                    raise ValueError(
-                        f"activation={self.activation!r}, but partial_fit goes on with components "
-                        f"that were trained through {self._trained_activation}; call fit to start "
-                        "anew."
-                    )
-                if self.n_components != len(self.components_):
-                    raise ValueError(
-                        f"n_components={self.n_components}, but partial_fit goes on with the "
-                        f"{len(self.components_)} components there are; call fit to start anew."
-                    )
+                refuse_changes(self._changes())
                 if X.shape[0] == 1:
                     warn(
                         "One row has no variance to learn from: the batch was left out by "
@@ -555,6 +551,15 @@ class ImplicitEMEncoder(
         activation.check()
         return activation
 
+    def _changes(self) -> dict[str, tuple[Any, Any]]:
+        """Parameters that ask for other components than there are: what they are, and were."""
+        changes: dict[str, tuple[Any, Any]] = {}
+        if self._activation() != self._trained_activation:
+            changes["activation"] = (self.activation, self._trained_activation)
+        if self.n_components != len(self.components_):
+            changes["n_components"] = (self.n_components, len(self.components_))
+        return changes
+
     def _objective_weights(self) -> ObjectiveWeights:
         return ObjectiveWeights(
             lse=float(self.lse_weight),
@@ -571,22 +576,21 @@ class ImplicitEMEncoder(
 
     def _weighted(self, X, sample_weight, least: int = 2):
         """Validate the weights of validated rows; rows of no weight are left out."""
-        if sample_weight is not None:
-            sample_weight = check_weights(sample_weight, X)
-            kept = np.flatnonzero(sample_weight)
-            if len(kept) < least:
-                raise ValueError(
-                    f"sample_weight is positive for {len(kept)} of {X.shape[0]} rows; "
-                    f"{type(self).__name__} needs at least {least}."
-                )
-            if len(kept) < X.shape[0]:
-                X, sample_weight = take_rows(X, kept), sample_weight[kept]
-            if bool((sample_weight == 1).all()):
-                return X, None
-            # Counts of repeated rows stay as they are; shares get the mean of counts of one.
-            mean = sample_weight.mean(dtype=np.float64)
-            if mean < 1:
-                sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
+        n_given = X.shape[0]
+        sample_weight, X = weighted_rows(sample_weight, X)
+        if sample_weight is None:
+            return X, None
+        if len(sample_weight) < least:
+            raise ValueError(
+                f"sample_weight is positive for {len(sample_weight)} of {n_given} rows; "
+                f"{type(self).__name__} needs at least {least}."
+            )
+        if bool((sample_weight == 1).all()):
+            return X, None
+        # Counts of repeated rows stay as they are; shares get the mean of counts of one.
+        mean = sample_weight.mean(dtype=np.float64)
+        if mean < 1:
+            sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
         return X, sample_weight
 
     def _preconditioner(self, rows, weight) -> Preconditioner:
@@ -627,7 +631,7 @@ class ImplicitEMEncoder(
         self.intercept_ = to_numpy(intercept, dtype)
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
-        self._trained_activation = type(self._activation()).__name__
+        self._trained_activation = self._activation()
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
         self._solver_state = trainer.state()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skdeq._canonical import Identity
 from skdeq._chunks import map_chunks
 from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
@@ -127,7 +128,7 @@ class Setting:
     row_offset : Tensor of shape (n,) or None
     log_base : float
         Weighted sum of log h(x), the part of the log-likelihood that no parameter enters.
-    hidden_map : CanonicalMap or None
+    hidden_map : CanonicalMap
         From the linear predictor of latents to their mean, where there are several layers.
     convolution : Convolution or None
         What makes the loadings from kernels, where they are not free.
@@ -144,7 +145,7 @@ class Setting:
     sample_weight: Tensor | None = None
     row_offset: Tensor | None = None
     log_base: float = 0.0
-    hidden_map: CanonicalMap | Any = None
+    hidden_map: CanonicalMap = Identity()
     convolution: Convolution | None = None
     narrow: torch.dtype | None = None
     pins: Pins | None = None

@@ -23,7 +23,7 @@ from skdeq._model import LatentModel, Setting, column_problem, row_problem
 from skdeq._newton import backtrack, newton_step
 from skdeq._progress import Progress
 
-__all__ = ["Scoring", "balance"]
+__all__ = ["Scoring", "balance", "telling_gain"]
 
 # Above this many floating point operations for the Hessians of one half, one curvature is
 # shared by all rows if the variance has a bound. Measured on binarised MNIST at k = 50 (1.2e11):
@@ -125,6 +125,11 @@ def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> Any:
 
     parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
     return tuple(torch.cat(one) for one in zip(*parts, strict=True))
+
+
+def telling_gain(null_objective: float, objective: float) -> float:
+    """Gain over the intercept alone that changes of the objective are held against."""
+    return min(max(null_objective - objective, 0.0), _MOST_GAINED * max(abs(objective), 1.0))
 
 
 @dataclass
@@ -237,9 +242,8 @@ class Scoring:
             previous, model = change(model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
-            most = _MOST_GAINED * max(abs(objective), 1.0)
-            gained = min(max(null_objective - objective, 0.0), most)
             if not refused:
+                gained = telling_gain(null_objective, objective)
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
             stop = self._tell(objective, model, accepted)

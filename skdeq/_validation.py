@@ -1,6 +1,7 @@
 """What estimators check of their input: scikit-learn's rules and the support of the family."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,9 +19,9 @@ from skdeq._base import (
     to_tensor,
     torch_dtype,
 )
-from skdeq._chunks import map_chunks
-from skdeq._data import CHUNK_ENTRIES, chunk_rows, columns_at, missing_per_column
+from skdeq._data import columns_at, missing_per_column, take_rows
 from skdeq._family import Family
+from skdeq._support import place_of, stored_values, within_support
 from skdeq._warn import warn
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "check_rows",
     "check_stream_type",
     "check_weights",
+    "refuse_changes",
     "warn_of_ends",
+    "weighted_rows",
 ]
 
 _FLOATS = (np.float64, np.float32)
@@ -54,16 +57,7 @@ def check_observations(estimator, X, family: Family, *, reset: bool):
         fitting, also if a column has no observed entry.
     """
     X = _validated(estimator, _unmasked(X), _FLOATS, reset=reset)
-    if sp.issparse(X):
-        _check_sparse(estimator, X, family)
-    else:
-        bad = _first_outside(X, family)
-        if bad is not None:
-            X = _unrounded(X, family)
-            bad = _first_outside(X, family)
-        if bad is not None:
-            _refuse(estimator, family, *bad)
-    _check_size(X, family)
+    X = within_support(estimator, X, family)
     if reset:
         check_columns(estimator, X)
     return X
@@ -123,7 +117,7 @@ def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
         If an entry is not finite, naming row and column, or there are too few rows.
     """
     X = _validated(estimator, _unmasked(X), _ROW_TYPES, reset=reset, min_rows=min_rows)
-    values = to_tensor(X.data) if sp.issparse(X) else X
+    values = stored_values(X)
     # Rounding to infinity is possible, a finite sum of anything else is not.
     if not values.is_floating_point() or bool(torch.isfinite(values.sum())):
         return X
@@ -131,7 +125,7 @@ def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
     if not bool(finite.all()):
         place = (~finite).nonzero()[0].tolist()
         value = float(values[tuple(place)])
-        row, column = _place(X, place[0]) if sp.issparse(X) else place
+        row, column = place_of(X, place[0]) if sp.issparse(X) else place
         raise ValueError(
             f"Input X contains {'NaN' if np.isnan(value) else 'infinity'}: row {row}, column "
             f"{column} of X is {value}. {type(estimator).__name__} accepts finite numbers only; "
@@ -146,6 +140,41 @@ def check_weights(sample_weight, X) -> np.ndarray:
     with config_context(array_api_dispatch=False):
         return _check_sample_weight(
             host_array(sample_weight, "sample_weight"), X, dtype=dtype, ensure_non_negative=True
+        )
+
+
+def weighted_rows(sample_weight, X, *others: np.ndarray) -> tuple:
+    """Validate weights; return them, X and the others without the rows that have none.
+
+    Such rows take no part in anything, not even by leaving the domain of a family.
+    """
+    if sample_weight is None:
+        return None, X, *others
+    sample_weight = check_weights(sample_weight, X)
+    kept = np.flatnonzero(sample_weight)
+    if len(kept) == len(sample_weight):
+        return sample_weight, X, *others
+    return sample_weight[kept], take_rows(X, kept), *(one[kept] for one in others)
+
+
+def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to go on with a model that is not the one asked for.
+
+    Parameters
+    ----------
+    changes : dict
+        Of each parameter that asks for another one what it is, and what it was.
+
+    Raises
+    ------
+    ValueError
+        If there are changes; of one of them.
+    """
+    if changes:
+        name, (asked, there) = next(iter(changes.items()))
+        raise ValueError(
+            f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
+            f"{name}={there!r}; call fit to start anew."
         )
 
 
@@ -259,104 +288,3 @@ def _accepted(X: Tensor, dtypes: Sequence[type], name: str) -> Tensor:
 def _stand_in(X: Tensor) -> np.ndarray:
     """Array of the shape and type of a tensor that takes no memory."""
     return np.broadcast_to(np.zeros((), numpy_dtype(X)), tuple(X.shape))
-
-
-def _per_chunk(X: Tensor, function) -> Tensor:
-    """Results of a function of some rows, stacked; nothing waits for a device in between."""
-    size = chunk_rows(X)
-    return torch.stack(
-        map_chunks(lambda start, stop: function(X[start:stop]), len(X), size, X.device)
-    )
-
-
-def _check_size(X, family: Family) -> None:
-    """Refuse finite values whose sums of squares overflow."""
-    values = to_tensor(X.data).unsqueeze(1) if sp.issparse(X) else X
-    if not values.numel() or np.isfinite(family.support.high - family.support.low):
-        return
-    limit = (torch.finfo(values.dtype).max / max(X.shape[0] * X.shape[1], 1e6)) ** 0.5
-    ends = _per_chunk(values, lambda rows: torch.stack(torch.aminmax(rows)))
-    if bool(torch.isnan(ends).any()):
-        ends = _per_chunk(values, lambda rows: torch.stack(torch.aminmax(rows.nan_to_num(0.0))))
-    largest = float(ends.abs().max())
-    if largest > limit:
-        name = "float32" if values.dtype == torch.float32 else "float64"
-        raise ValueError(
-            f"X has values as large as {largest:.1e}; sums of their squares overflow {name}. "
-            f"Rescale X below {limit:.0e}" + (" or pass float64." if name == "float32" else ".")
-        )
-
-
-def _outside(values: Tensor, family: Family) -> Tensor:
-    inside = family.support.contains(values) & torch.isfinite(values)
-    return ~inside & ~torch.isnan(values)
-
-
-def _first_outside(X: Tensor, family: Family) -> tuple[int, int, float] | None:
-    ends = _per_chunk(X, lambda rows: torch.stack(torch.aminmax(rows)))
-    # Chunks whose extremes are outside the support, or NaN.
-    inside = torch.isfinite(ends) & family.support.contains(ends)
-    suspicious = (~inside.all(1)).nonzero().squeeze(1)
-    size = chunk_rows(X)
-    for start in (size * suspicious).tolist():
-        outside = _outside(X[start : start + size], family)
-        if bool(outside.any()):
-            row, column = outside.nonzero()[0].tolist()
-            return start + row, column, float(X[start + row, column])
-    return None
-
-
-def _unrounded(X: Tensor, family: Family) -> Tensor:
-    """Put back onto an end of the support what rounding has taken beyond it, in a copy.
-
-    What a MinMaxScaler makes of a column's maximum may be 1 + 2e-16.
-    """
-    slack = 8 * torch.finfo(X.dtype).eps
-    for end in (family.support.low, family.support.high):
-        if not np.isfinite(end):
-            continue
-        near = (X - end).abs() <= slack * max(1.0, abs(end))
-        X = torch.where(near & ~family.support.contains(X), end, X)
-    return X
-
-
-def _check_sparse(estimator, X, family: Family) -> None:
-    for start in range(0, len(X.data), CHUNK_ENTRIES):
-        outside = _outside(to_tensor(X.data[start : start + CHUNK_ENTRIES]), family)
-        if bool(outside.any()):
-            place = start + int(outside.nonzero()[0])
-            _refuse(estimator, family, *_place(X, place), float(X.data[place]))
-    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
-    if X.nnz < X.shape[0] * X.shape[1]:
-        if not bool(family.support.contains(zero)):
-            row = int(np.flatnonzero(np.diff(X.indptr) < X.shape[1])[0])
-            taken = X.indices[X.indptr[row] : X.indptr[row + 1]]
-            column = int(np.setdiff1d(np.arange(X.shape[1]), taken)[0])
-            _refuse(estimator, family, row, column, 0.0)
-        if float(family.sufficient(zero)) != 0:
-            raise ValueError(
-                f"Sparse X needs a family with T(0) = 0; that of {family!r} is "
-                f"{float(family.sufficient(zero))}. Pass X.toarray()."
-            )
-
-
-def _place(X, stored: int) -> tuple[int, int]:
-    """Row and column of a stored entry of a CSR array."""
-    return int(np.searchsorted(X.indptr, stored, side="right")) - 1, int(X.indices[stored])
-
-
-def _refuse(estimator, family: Family, row: int, column: int, value: float) -> None:
-    name = type(estimator).__name__
-    where = f"row {row}, column {column} of X"
-    if np.isinf(value):
-        raise ValueError(
-            f"Input X contains infinity: {where} is {value}. {name} accepts finite numbers, and "
-            "NaN for missing entries."
-        )
-    # "Negative values in data" is what scikit-learn's own estimators say.
-    negative = value < 0 <= family.support.low
-    prefix = "Negative values in data passed to" if negative else "Unsuitable value in data for"
-    raise ValueError(
-        f"{prefix} {name}: {where} is {value:g}, but family {family.name!r} accepts "
-        f"{family.accepts}, {family.support}."
-    )

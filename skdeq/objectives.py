@@ -53,6 +53,12 @@ class Activation:
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def value(self, preactivation: Tensor) -> Tensor:
         """Distance, elementwise."""
         raise NotImplementedError

@@ -254,6 +254,17 @@ def test_likelihoods_of_a_mapped_family_are_those_at_its_canonical_parameters(na
     np.testing.assert_allclose(mapped.deviance(x, zeta), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_rounding_off_keeps_a_map_what_it_is():
+    class Scaled(ReLU):
+        def value(self, zeta):
+            return 2 * super().value(zeta)
+
+    one = Scaled("inputs")
+    assert type(one.smoothed(0.1)) is type(one.exact) is Scaled
+    assert one.smoothed(0.1).mask == one.mask == "inputs" and one.exact.mask == "latents"
+    assert one.smoothed(0.1).exact == one.exact == Scaled()
+
+
 def test_a_rounded_map_is_not_the_map_itself():
     rounded = ReLU().smoothed(0.01)
     assert rounded != ReLU() and rounded != ReLU().smoothed(0.1)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq._convolution import Convolution
 from skdeq._data import to_observations
+from skdeq._fit import _working_residuals
 from skdeq._latents import solve_latents
 from skdeq._model import Setting
 from skdeq._observations import Observations
@@ -211,10 +212,46 @@ def test_gaps_say_nothing_of_the_first_kernels():
     filled = torch.where(torch.isnan(holes), mean, holes)
     family, convolution = get_family("poisson"), Convolution((1, 8, 8), (3, 3), 2)
     kernels = [
-        convolution.start(family, to_observations(one, family, one.device), None, mean.log(), 2)
-        for one in (holes, filled)
+        first_kernels(family, convolution, one, mean.log(), None) for one in (holes, filled)
     ]
     torch.testing.assert_close(*kernels)
+
+
+def first_kernels(family, convolution, X, intercept, weight, offset=None):
+    observations = to_observations(X, family, X.device)
+    setting = Setting(family, observations, 1.0, 0.1, weight, offset)
+    return convolution.start(_working_residuals(setting, intercept), weight, 2)
+
+
+def test_first_kernels_are_those_at_unit_exposure():
+    X = torch.from_numpy(np.round(load_digits().data[:120]))
+    family, convolution = get_family("poisson"), Convolution((1, 8, 8), (3, 3), 2)
+    intercept = X.mean(0).clamp_min(0.1).log()
+    exposure = torch.linspace(0.1, 10, 120, dtype=X.dtype)
+    kernels = [
+        first_kernels(family, convolution, X, intercept, None),
+        first_kernels(
+            family, convolution, X * exposure.unsqueeze(1), intercept, None, exposure.log()
+        ),
+    ]
+    torch.testing.assert_close(*kernels)
+
+
+def test_first_kernels_are_of_rows_from_all_over(monkeypatch):
+    # Sorted by digit, the first hundred would be zeros and ones alone.
+    digits = load_digits()
+    X = digits.data[np.argsort(digits.target, kind="stable")]
+    residuals, start = [], Convolution.start
+
+    def spy(convolution, residual, *args):
+        residuals.append(residual)
+        return start(convolution, residual, *args)
+
+    monkeypatch.setattr(Convolution, "start", spy)
+    monkeypatch.setattr("skdeq._fit._PATCHED_ROWS", 100)
+    fitted("gaussian", X=X, max_iter=1)
+    expected = (X[::18] - X.mean(0)) / 2
+    np.testing.assert_allclose(residuals[0].numpy(), expected, atol=1e-4)
 
 
 def test_weights_of_a_minibatch_are_repetition():
@@ -296,7 +333,7 @@ def test_weights_of_the_first_kernels_are_repetition():
     repeated = X.repeat_interleave(weight, 0)
     intercept = repeated.mean(0).clamp_min(0.1).log()
     kernels = [
-        convolution.start(family, to_observations(one, family, one.device), w, intercept, 2)
+        first_kernels(family, convolution, one, intercept, w)
         for one, w in ((X, weight.double()), (repeated, None))
     ]
     torch.testing.assert_close(*kernels)

@@ -1146,6 +1146,36 @@ def test_a_column_seen_in_rows_without_weight_alone_is_refused(layout):
         ExpFamilyDEQ(2, family="poisson").fit(layout(X), sample_weight=weight)
 
 
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+def test_what_rounding_took_beyond_an_end_is_put_back(layout):
+    X = sample("bernoulli", n=40, p=5).astype(float)
+    X[:2] = 0, 0, 1, 0, 1
+    rounded = np.where(X == 1, np.nextafter(1, 2), X)
+    kept = layout(rounded)
+    one, other = (ExpFamilyDEQ(2, family="bernoulli").fit(data) for data in (X, kept))
+    np.testing.assert_allclose(one.loadings_, other.loadings_, atol=1e-12)
+    # What was given is left as it was.
+    assert kept.max() > 1
+    kept = layout(np.where(X == 1, 1 + 1e-9, X))
+    with pytest.raises(ValueError, match="row 0, column 2 of X is 1"):
+        one.transform(kept)
+
+
+@pytest.mark.parametrize("family", ["gamma", "poisson"])
+def test_rows_without_weight_take_no_part_in_a_stream(family):
+    X = sample(family, n=60, p=5).astype(float)
+    outliers = np.full((5, 5), 1e6)
+    weight = np.r_[np.ones(30), np.zeros(5)]
+    first, second = X[:30], X[30:]
+    with_them, without = (
+        ExpFamilyDEQ(2, family=family, random_state=0).partial_fit(first) for _ in range(2)
+    )
+    with_them.partial_fit(np.vstack([second, outliers]), sample_weight=weight)
+    without.partial_fit(second, sample_weight=weight[:30])
+    for name in ("loadings_", "intercept_", "explained_deviance_ratio_", "_curvature"):
+        np.testing.assert_array_equal(getattr(with_them, name), getattr(without, name))
+
+
 @pytest.mark.parametrize("asked", [{"n_components": 3}, {"hidden_layer_sizes": (4,)}])
 def test_a_stream_does_not_change_its_sizes(asked):
     X = sample("poisson", n=30, p=5)

@@ -62,6 +62,16 @@ def test_some_rows_are_enough_to_choose_a_start(monkeypatch):
     assert rows == [134, 134, 800]
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_epochs_over_counts_over_decades_do_not_end_early():
+    rng = np.random.default_rng(1)
+    X = rng.poisson(np.exp(2 * rng.normal(size=(300, 3)) @ rng.normal(size=(3, 40)))).astype(float)
+    deq = ExpFamilyDEQ(3, family="poisson", solver="adam", tol=1e-3, max_iter=60, random_state=0)
+    curve = np.array(deq.fit(X).loss_curve_)
+    assert deq.n_iter_ == 60 or abs(curve[-1] - curve[-2]) <= 1e-3 * 50 * curve[-1]
+    assert not deq.converged_ or (np.diff(curve)[-2:] >= -1e-3 * 50 * curve[-2:]).all()
+
+
 def test_rounding_of_large_centred_data_is_no_want_of_convergence():
     for seed in range(8):
         rng = np.random.default_rng(seed)

@@ -29,7 +29,7 @@ from test_objectives import plain_loss
 from skdeq import ImplicitEMEncoder
 from skdeq._encoder_fit import DEAD_VARIANCE, EncoderTrainer, start_weights
 from skdeq._precondition import RowBatches, fit_preconditioner
-from skdeq.objectives import ACTIVATIONS, ObjectiveWeights, PairActivation
+from skdeq.objectives import ACTIVATIONS, ObjectiveWeights, PairActivation, ReLU
 
 
 def digits(n=1797):
@@ -387,8 +387,26 @@ def test_stream_in_a_shallow_copy_leaves_the_original_alone():
     weights = fitted._weights.copy()
     copy.copy(fitted).partial_fit(X)
     np.testing.assert_array_equal(fitted._weights, weights)
-    with pytest.raises(ValueError, match="n_components=3, but partial_fit goes on with the 16"):
+    with pytest.raises(ValueError, match="n_components=3, but .* there is, of n_components=16"):
         fitted.set_params(n_components=3).partial_fit(X)
+
+
+def double(a):
+    return 2 * a
+
+
+def test_stream_knows_one_pair_of_functions_from_another():
+    X = digits(200)
+    softplus = PairActivation(torch.nn.functional.softplus, torch.sigmoid)
+    fitted = encoder(activation=(torch.nn.functional.softplus, torch.sigmoid)).partial_fit(X)
+    pickle.loads(pickle.dumps(fitted)).partial_fit(X)
+    fitted.set_params(activation=softplus).partial_fit(X)
+    with pytest.raises(ValueError, match=r"activation=\(.*, but partial_fit goes on with"):
+        fitted.set_params(activation=(torch.square, double)).partial_fit(X)
+    named = encoder().partial_fit(X)
+    named.set_params(activation=ReLU()).partial_fit(X)
+    with pytest.raises(ValueError, match=r"activation='softplus', .* of activation=ReLU\(\)"):
+        named.set_params(activation="softplus").partial_fit(X)
 
 
 @pytest.mark.parametrize("scale", [1e160, 1e-200])
@@ -773,7 +791,7 @@ def test_a_row_of_a_large_weight_is_many_rows_and_no_outlier():
 def test_a_stream_goes_on_through_its_activation_alone():
     stream = encoder(4).partial_fit(digits(100))
     before = stream.components_
-    with pytest.raises(ValueError, match="trained through ReLU; call fit to start anew"):
+    with pytest.raises(ValueError, match=r"of activation=ReLU\(\); call fit to start anew"):
         stream.set_params(activation="abs").partial_fit(digits(100))
     np.testing.assert_array_equal(stream.components_, before)
     stream.set_params(activation="relu").partial_fit(digits(100))
