@@ -6,6 +6,7 @@ import torch
 from conftest import sample
 from scipy import stats
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression
 
 import skdeq._fit as fit
@@ -62,14 +63,14 @@ def test_some_rows_are_enough_to_choose_a_start(monkeypatch):
     assert rows == [134, 134, 800]
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_epochs_over_counts_over_decades_do_not_end_early():
     rng = np.random.default_rng(1)
-    X = rng.poisson(np.exp(2 * rng.normal(size=(300, 3)) @ rng.normal(size=(3, 40)))).astype(float)
-    deq = ExpFamilyDEQ(3, family="poisson", solver="adam", tol=1e-3, max_iter=60, random_state=0)
-    curve = np.array(deq.fit(X).loss_curve_)
-    assert deq.n_iter_ == 60 or abs(curve[-1] - curve[-2]) <= 1e-3 * 50 * curve[-1]
-    assert not deq.converged_ or (np.diff(curve)[-2:] >= -1e-3 * 50 * curve[-2:]).all()
+    latents = rng.normal(size=(300, 3))
+    X = rng.poisson(np.exp(1.5 * latents @ rng.normal(size=(3, 40)))).astype(float)
+    deq = ExpFamilyDEQ(3, family="poisson", solver="adam", max_iter=60, random_state=0)
+    # By then changes of half a percent of the objective are 1e-5 of the gain.
+    with pytest.warns(ConvergenceWarning, match="increase max_iter or tol"):
+        assert deq.fit(X).n_iter_ == 60
 
 
 def test_rounding_of_large_centred_data_is_no_want_of_convergence():
