@@ -206,7 +206,7 @@ def machine(device: str, peers: Iterable[str] = ()):
         "cores": str(usable_cores()),
         "threads of torch": str(torch.get_num_threads()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
 
 

@@ -1,5 +1,6 @@
 """Run a function over chunks of rows, in parallel on the CPU, with results in a fixed order."""
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -115,11 +116,11 @@ def parallel_chunks() -> Iterator[None]:
         if alone and threads > 1:
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
-        _local.inside, _local.pool, _local.halvings = True, pool, 0
+        _local.inside, _local.pool, _local.halvings, _local.tiles = True, pool, 0, {}
         with out_of_inference_mode():
             yield
     finally:
-        _local.inside, _local.pool, _local.halvings = False, None, 0
+        _local.inside, _local.pool, _local.halvings, _local.tiles = False, None, 0, {}
         try:
             _end(pool)
         finally:
@@ -183,6 +184,7 @@ def chunks_in_turn(
             if getattr(_local, "inside", False):
                 _local.halvings = halvings
             # Not while the error is handled, which keeps alive what the failed call had made.
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
@@ -227,9 +229,14 @@ def tile_entries(like: torch.Tensor) -> int:
     """Entries of a tile on the device of a tensor, in its type."""
     if like.device.type == "cpu":
         return _TILE_ENTRIES
-    return working_entries(
-        like.device, _TILE_ENTRIES_CUDA, _LEAST_ENTRIES_CUDA, like.element_size()
-    )
+    # To ask for the free memory takes as long as launching dozens of kernels.
+    known = getattr(_local, "tiles", {})
+    key = like.device, like.element_size()
+    if key not in known:
+        known[key] = working_entries(
+            like.device, _TILE_ENTRIES_CUDA, _LEAST_ENTRIES_CUDA, like.element_size()
+        )
+    return known[key]
 
 
 def one_ahead(function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:

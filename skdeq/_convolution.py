@@ -10,7 +10,7 @@ long with 784, and twice as long with 3,136.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +97,7 @@ class Convolution:
 
     def matrix(self, kernels: Tensor) -> Tensor:
         """Make loadings (p, K * places) of kernels (K, weights), a map's places side by side."""
-        places = _Places(*(one.to(kernels.device) for one in self._places))
+        places = _places_on(kernels.device, self)
         matrix = kernels.new_zeros(self.n_pixels, self.n_places, len(kernels))
         index = (places.pixel, places.place)
         matrix = matrix.index_put(index, kernels.T[places.weight])
@@ -105,7 +105,7 @@ class Convolution:
 
     def pull(self, matrix: Tensor) -> Tensor:
         """Sum entries of a matrix (p, K * places) over those that share a weight (K, weights)."""
-        places = _Places(*(one.to(matrix.device) for one in self._places))
+        places = _places_on(matrix.device, self)
         by_place = matrix.reshape(len(matrix), -1, self.n_places).transpose(1, 2)
         shared = by_place[places.pixel, places.place]
         total = matrix.new_zeros(self.n_weights, shared.shape[1])
@@ -137,7 +137,7 @@ class Convolution:
         if weight is not None:
             residual = residual * weight.sqrt().unsqueeze(1)
             total = weight.double().sum()
-        places = _Places(*(one.to(residual.device) for one in self._places))
+        places = _places_on(residual.device, self)
         patches = residual.new_zeros(rows, self.n_places, self.n_weights)
         patches[:, places.place, places.weight] = residual[:, places.pixel]
         patches = patches.reshape(-1, self.n_weights).double()
@@ -147,3 +147,8 @@ class Convolution:
         cover = self.kernel_size[0] * self.kernel_size[1] / self.stride**2
         scale = (values.clamp_min(1e-8 * values[0]) / cover).sqrt()
         return (vectors * scale).T.to(residual.dtype).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _places_on(device: torch.device, convolution: Convolution) -> _Places:
+    return _Places(*(one.to(device) for one in convolution._places))

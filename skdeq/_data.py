@@ -18,6 +18,7 @@ __all__ = [
     "has_short_digits",
     "log_base_rows",
     "missing_per_column",
+    "brought",
     "rows_of",
     "take_rows",
     "to_observations",
@@ -191,6 +192,11 @@ def has_short_digits(X, family: Family) -> bool:
 def take_rows(X, index: np.ndarray):
     """Return some rows of validated data, in the order given."""
     return X[index] if sp.issparse(X) else X[torch.from_numpy(index).to(X.device)]
+
+
+def brought(X, device: torch.device):
+    """Bring validated data to a device; sparse ones, and what would fill half of it, stay."""
+    return X if sp.issparse(X) else X.to(_home(X.nbytes, X.device, device))
 
 
 def rows_of(X, index: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Training of the implicit-EM encoder: epochs of minibatches with closed-form gradients."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,9 @@ class EncoderTrainer:
         # An activation of the user's own may do what cannot be captured.
         if weights.device.type == "cuda" and options.activation in ACTIVATIONS.values():
             capture = capture or capture_graph
-        self.run = StepRunner(self.step, capture)
+        # Each would keep the other, and the rows on a card, until the collector comes by.
+        me: Any = weakref.ref(self)
+        self.run = StepRunner(lambda *inputs: me().step(*inputs), capture)
         # A plain step needs neither an optimiser, whose import alone takes torch two seconds,
         # nor a gradient of its own: the product that would form it moves the weights.
         plain = (
@@ -247,9 +250,14 @@ class EncoderTrainer:
         indices = order.tensor_split(count)
         together = max(1, _GATHERED_ENTRIES // (len(indices[0]) * rows.p))
         groups = [indices[first : first + together] for first in range(0, count, together)]
-        fetched = one_ahead(
-            rows.gather, ((torch.cat(group), place % 2) for place, group in enumerate(groups))
-        )
+        # The thread that gathers has a device and a stream of its own unless it is told.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def gather(group: tuple[Tensor, ...], slot: int) -> Tensor:
+            with torch.cuda.stream(stream):
+                return rows.gather(torch.cat(group), slot)
+
+        fetched = one_ahead(gather, ((group, place % 2) for place, group in enumerate(groups)))
         for group, gathered in zip(groups, fetched, strict=True):
             batches = gathered.split([len(index) for index in group])
             for index, batch in zip(group, batches, strict=True):
@@ -272,6 +280,10 @@ class EncoderTrainer:
         self, sample_weight: Tensor | None, generator: torch.Generator, progress: Progress
     ) -> EncoderTrace:
         options, rows, trace = self.options, self.rows, EncoderTrace()
+        # Of its own: what orders draw depends on the number of rows, repeated or weighted.
+        for_new = torch.Generator("cpu")
+        if options.revive_dead:
+            for_new.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
         best, quiet = torch.inf, 0
         # The best loss so far, of the random weights at first, the weights that go with it, and
         # after how many epochs they were reached.
@@ -314,7 +326,7 @@ class EncoderTrainer:
             if stop or (options.tol > 0 and quiet >= _PATIENCE):
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
-                self.revive(generator)
+                self.revive(for_new)
         if trace.undone and n_kept < trace.n_iter:
             # Where steps were too long once, the last are not the best.
             self.weights.copy_(kept)

@@ -325,8 +325,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, BaseEstimator):
     def _latents(self, X, *, checked: bool = False) -> np.ndarray:
         """MAP latents of validated rows, in the top layer."""
         backbone = copy.copy(self.backbone_)
-        if self.device != "auto":
-            backbone.device = self.device
+        # Not the one it was pretrained on, which may not be there any more.
+        backbone.device = self._backbone().device if self.device == "auto" else self.device
         with parallel_chunks():
             result, setting = backbone._solve_validated(X)
         if checked:

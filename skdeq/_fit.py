@@ -15,9 +15,9 @@ from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance, telling_gain
 from skdeq._spectral import spectral_start
 from skdeq._stochastic import (
-    envelope_gradient,
     free_parameters,
     hold,
+    mean_objective,
     model_of,
     solve_and_step,
 )
@@ -98,7 +98,7 @@ def _start(
         solved = solve_latents(setting, *model.parameters, **options.latent_solver())
         model = replace(model, latents=solved.value)
         # What was fitted to other data, or under another law, may be worse than nothing.
-        if envelope_gradient(setting, parameters, solved.value)[1] < objective:
+        if mean_objective(setting, parameters, solved.value) < objective:
             return model, trace
     convolution = setting.convolution
     if convolution is not None:
@@ -148,7 +148,7 @@ def _best_scale(
         parameters = [kernels * 0.5**halvings, intercept]
         model = model_of(setting, parameters)
         solved = solve_latents(some, *model.parameters, **options.latent_solver())
-        _, objective = envelope_gradient(some, parameters, solved.value)
+        objective = mean_objective(some, parameters, solved.value)
         if best[1] is None or objective < best[0]:
             best = (objective, model)
     return best[1]
@@ -245,7 +245,11 @@ def fit_full_batch(
         return fix_signs(replace(model, latents=solved.value)), trace
 
     scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
-    return finish(scoring.run(model, trace.null_objective))
+    try:
+        return finish(scoring.run(model, trace.null_objective))
+    finally:
+        # Each would keep the other, and the data on a card, until the collector comes by.
+        del scoring.finish
 
 
 def fit_minibatches(
@@ -265,7 +269,7 @@ def fit_minibatches(
     n_batches = -(-n // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.max_iter * n_batches)
     solved = solve_latents(setting, *model.parameters, rounded=True, **options.latent_solver())
-    _, objective = envelope_gradient(setting, parameters, solved.value)
+    objective = mean_objective(setting, parameters, solved.value)
     best = (objective, replace(model, latents=solved.value))
     last, quiet = objective, 0
     latents = solved.value.clone()
@@ -298,7 +302,7 @@ def fit_minibatches(
         # The objective is flat at its minimum: its error is that of the latents squared.
         solved = solve_latents(setting, *model.parameters, start=latents, rounded=True, **loose)
         latents = solved.value.clone()
-        _, objective = envelope_gradient(setting, parameters, solved.value)
+        objective = mean_objective(setting, parameters, solved.value)
         trace.loss_curve.append(objective)
         trace.n_iter = epoch
         gained = telling_gain(trace.null_objective, objective)

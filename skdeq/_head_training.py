@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
-from skdeq._data import rows_of
+from skdeq._data import brought, rows_of
 from skdeq._head import Head
 from skdeq._optimiser_state import (
     OptimiserState,
@@ -106,6 +106,7 @@ class HeadTrainer:
             # More digits would drown in the noise of the minibatches. Where the variance has no
             # bound a residual in units of a diagonal Newton step says less about the error.
             self.layer.tol = max(layer.tol, _TOLERANCE)
+        self._X = brought(rows.X, rows.device)
         self._centre = to_tensor(head.centre).to(**like)
         self._scale = to_tensor(head.scale).to(**like)
         self._weights = [to_tensor(coef).to(**like).clone() for coef in head.coefs]
@@ -143,7 +144,7 @@ class HeadTrainer:
         fine_tune, leave_out = self.options.fine_tune, training and self.options.dropout > 0
         if not (fine_tune or leave_out):
             return self._latents[index]
-        x = rows_of(self.rows.X, index, self.rows.device)
+        x = rows_of(self._X, index, self.rows.device)
         if leave_out:
             drawn = torch.rand(x.shape, generator=self.generator, device="cpu")
             x = x.masked_fill((drawn < self.options.dropout).to(x.device), torch.nan)

@@ -320,7 +320,7 @@ class ImplicitEMEncoder(
                     to_tensor(self.components_), to_tensor(self.intercept_)
                 )
             else:
-                start = start_weights(self.n_components, preconditioner.varying, generator)
+                start = start_weights(int(self.n_components), preconditioner.varying, generator)
             dtype = numpy_dtype(X)
             trainer = self._trainer(rows, device, preconditioner, start, dtype)
 
@@ -388,7 +388,7 @@ class ImplicitEMEncoder(
                         "rows that differ."
                     )
                 generator = seeded_generator(self.random_state)
-                start = start_weights(self.n_components, preconditioner.varying, generator)
+                start = start_weights(int(self.n_components), preconditioner.varying, generator)
                 past, state = EncoderTrace(), []
             else:
                 check_stream_type(X, self.components_)
@@ -535,26 +535,12 @@ class ImplicitEMEncoder(
         return -sum(self.loss_terms(X, sample_weight).values())
 
     def _activation(self) -> Activation:
-        if isinstance(self.activation, str):
-            return ACTIVATIONS[self.activation]
-        if isinstance(self.activation, PairActivation):
-            self.activation.check()
-        if isinstance(self.activation, Activation):
-            return self.activation
-        if len(self.activation) != 2 or not all(map(callable, self.activation)):
-            raise ValueError(
-                "activation must be one of "
-                f"{sorted(ACTIVATIONS)} or a pair (function, derivative) of callables; got "
-                f"{self.activation!r}."
-            )
-        activation = PairActivation(*self.activation)
-        activation.check()
-        return activation
+        return _activation_of(self.activation)
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for other components than there are: what they are, and were."""
         changes: dict[str, tuple[Any, Any]] = {}
-        if self._activation() != self._trained_activation:
+        if self._activation() != _activation_of(self._trained_activation):
             changes["activation"] = (self.activation, self._trained_activation)
         if self.n_components != len(self.components_):
             changes["n_components"] = (self.n_components, len(self.components_))
@@ -631,7 +617,7 @@ class ImplicitEMEncoder(
         self.intercept_ = to_numpy(intercept, dtype)
         self.loss_curve_ = list(trace.loss_curve)
         self.n_iter_ = trace.n_iter
-        self._trained_activation = self._activation()
+        self._trained_activation = self.activation
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
         self._solver_state = trainer.state()
@@ -673,3 +659,20 @@ class ImplicitEMEncoder(
         tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _activation_of(given: str | Activation | tuple[Callable, Callable]) -> Activation:
+    if isinstance(given, str):
+        return ACTIVATIONS[given]
+    if isinstance(given, PairActivation):
+        given.check()
+    if isinstance(given, Activation):
+        return given
+    if len(given) != 2 or not all(map(callable, given)):
+        raise ValueError(
+            "activation must be one of "
+            f"{sorted(ACTIVATIONS)} or a pair (function, derivative) of callables; got {given!r}."
+        )
+    activation = PairActivation(*given)
+    activation.check()
+    return activation

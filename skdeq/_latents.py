@@ -136,8 +136,12 @@ def solve_latents(
             # The shared step is Newton's own, but where entries are missing: it leaves rounding.
             rows = torch.arange(high - low, device=value.device)
             result.value.add_(part.shaped_step(part.bare_gradient(result.value, rows), rows))
-        unsolved = (~result.converged).nonzero().squeeze(1) if finish else result.n_iter[:0]
+        if not finish:
+            return result
+        unsolved = (~result.converged).nonzero().squeeze(1)
         for left in unsolved.split(problem.hessian_rows()):
+            if not len(left):
+                break
             rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
             for field in ("value", "residual", "converged"):
                 getattr(result, field)[left] = getattr(rest, field)

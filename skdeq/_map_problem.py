@@ -11,20 +11,22 @@ latents (and a column of ones) as design it is the problem of the loadings and i
 feature. Both halves of the alternation are therefore one piece of code.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from skdeq._chunks import tile_entries
+from skdeq._chunks import map_chunks, tile_entries
 from skdeq._family import Family
 from skdeq._fixed_point_problem import certified_residual, scaled_residual, usable_hessian
 from skdeq._map_geometry import CurvatureMap, OuterProducts
 from skdeq._observations import Observations
 
-__all__ = ["MapProblem"]
+__all__ = ["MapProblem", "over_chunks"]
 
 _LEAST_ROWS, _MOST_ROWS = 1024, 16384
 # Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
@@ -42,6 +44,19 @@ _SAFE_MOVE = 1.0
 # rows unlike those of the fit, of all families with a bound, it was up to 1,000 times that; and
 # where the residual decides, as in most rows, it is far smaller anyway.
 _CAUTION = 1e3
+
+
+class _Sums(NamedTuple):
+    """Sums over the entries of each row; None is what was not asked for.
+
+    Through a canonical map the terms are those of the energy, which has T(x) in it.
+    """
+
+    # Of A, (m,), A' D, (r, m), A'' D D^T, (r (r + 1) / 2, m), and A'' |D|^2, (m,).
+    total: Tensor | Any
+    slope: Tensor | Any
+    bend: Tensor | Any
+    size: Tensor | Any
 
 
 class MapProblem:
@@ -168,35 +183,32 @@ class MapProblem:
 
     def chunk(self, start: int, stop: int) -> "MapProblem":
         """Return the problem of the rows ``start:stop``, sharing the design."""
-        part = object.__new__(MapProblem)
-        part.__dict__.update(self.__dict__)
+        part = self._part(slice(start, stop))
         part.n_rows = stop - start
-        part.projection = self.projection[start:stop]
-        part._size, part._size_at = self._size[start:stop].clone(), None
-        part.constant = self.constant[start:stop]
-        part.row_offset = None if self.row_offset is None else self.row_offset[start:stop]
-        part.__dict__.pop("_missing", None)
-        part.__dict__.pop("_statistic", None)
+        part._size, part._size_at = part._size.clone(), None
         first = self._bounds[0]
         part._bounds = (first + start, first + stop)
-        part._map = None if self._map is None else self._map[start:stop]
+        for name in ("_missing", "_statistic"):
+            part.__dict__.pop(name, None)
         return part
 
     def select(self, index: Tensor) -> "MapProblem":
         """Return the problem of some rows of this chunk, in the order given."""
-        part = object.__new__(MapProblem)
-        part.__dict__.update(self.__dict__)
+        part = self._part(index)
         part.n_rows = len(index)
-        part.projection = self.projection[index]
-        part._size = self._size[index]
-        part._size_at = None if self._size_at is None else self._size_at[index]
-        part.constant = self.constant[index]
-        part.row_offset = None if self.row_offset is None else self.row_offset[index]
+        if self._size_at is not None:
+            part._size_at = self._size_at[index]
         missing = self._missing
         part.__dict__["_missing"] = None if missing is None else missing[index]
         if not self.family.is_canonical:
             part.__dict__["_statistic"] = self._statistic[index]
-        part._map = None if self._map is None else self._map[index]
+        return part
+
+    def _part(self, index: slice | Tensor) -> "MapProblem":
+        part = copy.copy(self)
+        for name in ("projection", "_size", "constant", "row_offset", "_map"):
+            values = getattr(self, name)
+            setattr(part, name, None if values is None else values[index])
         return part
 
     def smooth(self, width: float) -> None:
@@ -208,15 +220,8 @@ class MapProblem:
         """Sum A'(o) D over the entries of a row at zero, (r,), where it is that of every row."""
         first = self.chunk(0, 1)
         zero = self.design.new_zeros(1, self.r)
-        _, slope, _, _ = first._accumulate(
-            zero,
-            torch.zeros(1, dtype=torch.long, device=zero.device),
-            objective=False,
-            gradient=True,
-            hessian=False,
-            curvature=False,
-        )
-        return slope[:, 0]
+        rows = torch.zeros(1, dtype=torch.long, device=zero.device)
+        return first._accumulate(zero, rows, gradient=True).slope[:, 0]
 
     @property
     def has_curvature(self) -> bool:
@@ -255,16 +260,13 @@ class MapProblem:
         z: Tensor,
         rows: Tensor,
         *,
-        objective: bool,
-        gradient: bool,
-        hessian: bool,
-        curvature: bool,
+        objective: bool = False,
+        gradient: bool = False,
+        hessian: bool = False,
+        curvature: bool = False,
         observed: bool = False,
-    ) -> tuple[Tensor | Any, Tensor | Any, Tensor | Any, Tensor | Any]:
-        """Sum over the design A, A' D, A'' D D^T and A'' |D|^2, tile by tile.
-
-        Through a canonical map the terms are those of the energy, which has T(x) in it.
-        """
+    ) -> _Sums:
+        """Sum over the entries of each row what is asked for, tile by tile."""
         expanded = self._predictors(z, rows)
         width = self.tile_columns(len(z))
         missing = self._missing
@@ -316,7 +318,7 @@ class MapProblem:
                 bend.addmm_(self._outer.of(slice(start, stop)), variance.T)
             if curvature:
                 size += torch.mv(variance, self._square[start:stop])
-        return total, slope, bend, size
+        return _Sums(total, slope, bend, size)
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         value = total - self._linear(z, rows) + self._ridge(z)
@@ -352,10 +354,8 @@ class MapProblem:
 
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64; infinite outside the domain of the family."""
-        total, *_ = self._accumulate(
-            z, rows, objective=True, gradient=False, hessian=False, curvature=False
-        )
-        return self._penalised(total, z, rows)
+        sums = self._accumulate(z, rows, objective=True)
+        return self._penalised(sums.total, z, rows)
 
     def gradient(self, z: Tensor, rows: Tensor, fresh: bool = True) -> tuple[Tensor, Tensor]:
         """Gradient and scaled residual of each row."""
@@ -379,16 +379,14 @@ class MapProblem:
         :math:`A''(\eta + \delta) \ge e^{-c |\delta|} A''(\eta)`.
         """
         size = None if fresh else self._least_size(z, rows)
-        _, slope, _, found = self._accumulate(
-            z, rows, objective=False, gradient=True, hessian=False, curvature=size is None
-        )
+        sums = self._accumulate(z, rows, gradient=True, curvature=size is None)
         if size is None:
-            size = found
+            size = sums.size
             self._adapt(rows, size)
             if self._size_at is None:
                 self._size_at = torch.zeros_like(self.projection)
             self._size[rows], self._size_at[rows] = size, z
-        return self._gradient(slope, z, rows), size
+        return self._gradient(sums.slope, z, rows), size
 
     def _least_size(self, z: Tensor, rows: Tensor) -> Tensor | None:
         constant, at = self.family.self_concordance, self._size_at
@@ -400,12 +398,10 @@ class MapProblem:
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
         adapt = self._map is not None and self._map.adapts
-        total, slope, _, size = self._accumulate(
-            z, rows, objective=True, gradient=True, hessian=False, curvature=adapt
-        )
+        sums = self._accumulate(z, rows, objective=True, gradient=True, curvature=adapt)
         if adapt:
-            self._adapt(rows, size)
-        return self._penalised(total, z, rows), self._gradient(slope, z, rows)
+            self._adapt(rows, sums.size)
+        return self._penalised(sums.total, z, rows), self._gradient(sums.slope, z, rows)
 
     def variance(self, z: Tensor, rows: Tensor) -> Tensor:
         """A''(eta) times the weights of the entries of each row (m, q), zero in its gaps."""
@@ -417,10 +413,7 @@ class MapProblem:
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
         """Gradient of each row and nothing else."""
-        _, slope, _, _ = self._accumulate(
-            z, rows, objective=False, gradient=True, hessian=False, curvature=False
-        )
-        return self._gradient(slope, z, rows)
+        return self._gradient(self._accumulate(z, rows, gradient=True).slope, z, rows)
 
     def derivatives(
         self, z: Tensor, rows: Tensor, observed: bool = False
@@ -440,28 +433,18 @@ class MapProblem:
         self, z: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, expected Hessian and scaled residual of each row."""
-        total, slope, bend, _ = self._accumulate(
-            z, rows, objective=True, gradient=True, hessian=True, curvature=False
-        )
-        hessian = self._outer.symmetric(bend)
+        sums = self._accumulate(z, rows, objective=True, gradient=True, hessian=True)
+        hessian = self._outer.symmetric(sums.bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
-        gradient = self._gradient(slope, z, rows)
+        gradient = self._gradient(sums.slope, z, rows)
         residual = self._residual(gradient, z, size)
-        return self._penalised(total, z, rows), gradient, hessian, residual
+        return self._penalised(sums.total, z, rows), gradient, hessian, residual
 
     def observed_hessian(self, z: Tensor, rows: Tensor) -> Tensor:
         """Hessian of each row with the curvature of the canonical map in it."""
-        _, _, bend, _ = self._accumulate(
-            z,
-            rows,
-            objective=False,
-            gradient=False,
-            hessian=True,
-            curvature=False,
-            observed=True,
-        )
-        hessian = self._outer.symmetric(bend)
+        sums = self._accumulate(z, rows, hessian=True, observed=True)
+        hessian = self._outer.symmetric(sums.bend)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         return hessian
 
@@ -481,3 +464,21 @@ class MapProblem:
         if constant is None:
             return torch.zeros(len(step), dtype=torch.bool, device=step.device)
         return constant * step.norm(dim=1) * self._longest <= _SAFE_MOVE
+
+
+def over_chunks(
+    step: Callable[[MapProblem, Tensor, Tensor], tuple[Tensor, ...]],
+    problem: MapProblem,
+    points: Tensor,
+) -> tuple[Tensor, ...]:
+    """Apply ``step(part, point, rows)`` to the points (n_rows, r) of each chunk; join the results.
+
+    ``rows`` counts the rows of the part.
+    """
+
+    def work(low: int, high: int) -> tuple[Tensor, ...]:
+        rows = torch.arange(high - low, device=points.device)
+        return step(problem.chunk(low, high), points[low:high], rows)
+
+    parts = map_chunks(work, len(points), problem.chunk_rows(), points.device)
+    return tuple(torch.cat(one) for one in zip(*parts, strict=True))

@@ -1,6 +1,7 @@
 """Observed entries of a data matrix on a device, dense or sparse, with or without gaps."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,15 +53,22 @@ class CompressedRows:
             return csr.to_sparse_coo()
         return csr
 
-    @cached_property
+    @property
     def T(self) -> "CompressedRows":
         """The transpose, kept once made."""
-        made = (
-            self._transposed_by_scipy if self.device.type == "cpu" else self._transposed_by_torch
-        )
-        transpose = CompressedRows(*made(), (self.shape[1], self.shape[0]))
-        transpose.__dict__["T"] = self
-        return transpose
+        # What this is the transpose of is not kept: the two would live until the collector comes.
+        origin = self.__dict__.get("_origin", lambda: None)()
+        if origin is not None:
+            return origin
+        if "_transpose" not in self.__dict__:
+            on_host = self.device.type == "cpu"
+            made = self._transposed_by_scipy if on_host else self._transposed_by_torch
+            self._keep_transpose(CompressedRows(*made(), (self.shape[1], self.shape[0])))
+        return self.__dict__["_transpose"]
+
+    def _keep_transpose(self, transpose: "CompressedRows") -> None:
+        self.__dict__["_transpose"] = transpose
+        transpose.__dict__["_origin"] = weakref.ref(self)
 
     def _transposed_by_scipy(self) -> tuple[Tensor, Tensor, Tensor | None]:
         # On the host scipy counts where torch sorts: a fifth of the time and no more memory.
@@ -102,7 +110,7 @@ class CompressedRows:
     def with_values(self, values: Tensor, transposed: Tensor) -> "CompressedRows":
         """Return other values in the same places; those of the transpose are known, too."""
         result = replace(self, values=values)
-        result.__dict__["T"] = replace(self.T, values=transposed)
+        result._keep_transpose(replace(self.T, values=transposed))
         return result
 
     def slice(self, start: int, stop: int) -> "CompressedRows":

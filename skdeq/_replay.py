@@ -8,8 +8,9 @@ from torch import Tensor
 __all__ = ["StepRunner", "capture_graph"]
 
 # Calls with inputs of one shape before they are captured: the first ones allocate buffers and
-# choose kernels, and none of that belongs into a graph.
-_WARM_UP = 3
+# choose kernels, and none of that belongs into a graph; and a capture, which waits for the device,
+# is not worth it for a batch of a stream that has hardly more.
+_WARM_UP = 16
 
 Step = Callable[..., None]
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks
 from skdeq._latents import typical_variance
-from skdeq._map_problem import MapProblem
+from skdeq._map_problem import MapProblem, over_chunks
 from skdeq._model import LatentModel, Setting, column_problem, row_problem
 from skdeq._newton import backtrack, newton_step
 from skdeq._progress import Progress
@@ -116,17 +116,6 @@ def _share_inside(model: LatentModel, shift: Tensor, low: Tensor, high: Tensor) 
     return float(share.clamp(0.0, 1.0).min())
 
 
-def _over_chunks(step: Callable, problem: MapProblem, start: Tensor) -> Any:
-    """Apply ``step(part, point, rows, where)`` to each chunk; return what it returns."""
-
-    def work(low: int, high: int) -> tuple[Tensor, ...]:
-        rows = torch.arange(high - low, device=start.device)
-        return step(problem.chunk(low, high), start[low:high], rows, slice(low, high))
-
-    parts = map_chunks(work, len(start), problem.chunk_rows(), start.device)
-    return tuple(torch.cat(one) for one in zip(*parts, strict=True))
-
-
 def telling_gain(null_objective: float, objective: float) -> float:
     """Gain over the intercept alone that changes of the objective are held against."""
     return min(max(null_objective - objective, 0.0), _MOST_GAINED * max(abs(objective), 1.0))
@@ -170,13 +159,13 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
+        def step(part: MapProblem, point: Tensor, rows: Tensor):
             objective, gradient = part.value_and_gradient(point, rows)
             direction = -part.shaped_step(gradient, rows)
             every = torch.ones_like(rows, dtype=torch.bool)
             return backtrack(part, point, direction, gradient, objective, rows, every)
 
-        solution, _ = _over_chunks(step, problem, start)
+        solution, _ = over_chunks(step, problem, start)
         model = self._shrunk(self._model(problem, start, solution, model.latents))
         return balance(self.setting, model)(model)
 
@@ -203,7 +192,6 @@ class Scoring:
         k = model.loadings.shape[1]
         self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
         self.exact |= self.setting.family.variance_bound is None
-        self._half = self._newton_half if self.exact else self._majorised_half
         previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
@@ -344,14 +332,18 @@ class Scoring:
         like = model.intercept if side == "rows" else model.latents[:, 0]
         return torch.full_like(like, self._share * bound), True
 
+    def _half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
+        half = self._newton_half if self.exact else self._majorised_half
+        return half(problem, start, side)
+
     def _newton_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
         """One Newton step in every row; also the objectives at the start."""
         tol = 8 * torch.finfo(start.dtype).eps
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
+        def step(part: MapProblem, point: Tensor, rows: Tensor):
             return newton_step(part, point, rows, tol)
 
-        solution, objective, residual = _over_chunks(step, problem, start)
+        solution, objective, residual = over_chunks(step, problem, start)
         if side == "rows":
             self._residual = residual
         return solution, objective
@@ -361,7 +353,7 @@ class Scoring:
     ) -> tuple[Tensor, Tensor]:
         """One step with one curvature for all rows; with all of its bound, none can fail."""
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor, where: slice):
+        def step(part: MapProblem, point: Tensor, rows: Tensor):
             if side == "columns":
                 # The objective is known from the other half, and the logarithms are dear.
                 objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)
@@ -369,4 +361,5 @@ class Scoring:
                 objective, gradient = part.value_and_gradient(point, rows)
             return point + part.shaped_step(gradient, rows), objective
 
-        return _over_chunks(step, problem, start)
+        solution, objective = over_chunks(step, problem, start)
+        return solution, objective

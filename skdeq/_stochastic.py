@@ -10,17 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
 from skdeq._family import Family
 from skdeq._hierarchy import split_layers
 from skdeq._latents import solve_latents
+from skdeq._map_problem import MapProblem, over_chunks
 from skdeq._model import LatentModel, Pins, Setting, column_problem, layer_settings
 from skdeq._optimiser_state import OptimiserState
 from skdeq.fixed_point import FixedPointResult
 
-_MAX_HALVINGS = 20
+__all__ = [
+    "envelope_gradient",
+    "free_parameters",
+    "hold",
+    "mean_objective",
+    "model_of",
+    "restart",
+    "shorten",
+    "solve_and_step",
+]
 
-__all__ = ["envelope_gradient", "solve_and_step"]
+_MAX_HALVINGS = 20
 
 
 def free_parameters(setting: Setting, model: LatentModel) -> list[Tensor]:
@@ -72,6 +81,16 @@ def _put(setting: Setting, parameters: list[Tensor], pins: Pins) -> int:
     return 1
 
 
+def mean_objective(setting: Setting, parameters: list[Tensor], latents: Tensor) -> float:
+    """Mean objective of free parameters and the latents (n, K) of all layers side by side."""
+    total = 0.0
+    for given, matrix, here, unit in _layers(setting, parameters, latents):
+        problem = column_problem(given, here)
+        (objective,) = over_chunks(lambda part, *at: (part.objective(*at),), problem, matrix)
+        total += unit * _mean(given, objective, here)
+    return total
+
+
 def envelope_gradient(
     setting: Setting, parameters: list[Tensor], latents: Tensor
 ) -> tuple[list[Tensor], float]:
@@ -85,38 +104,32 @@ def envelope_gradient(
     latents : Tensor of shape (n, K)
         Of all layers side by side.
     """
-    model = model_of(setting, parameters)
-    matrices = model.matrices()
-    if len(matrices) == 1:
-        gradient, total = _layer_gradient(setting, matrices[0], latents)
-        if setting.convolution is None:
-            return [gradient], total
-        return [setting.convolution.pull(gradient[:, :-1]), gradient[:, -1]], total
-    layers = split_layers(latents, model.upper)
     gradients, total = [], 0.0
-    settings = layer_settings(setting, layers)
-    for at, (given, one, here) in enumerate(zip(settings, matrices, layers, strict=True)):
-        unit = setting.alpha if at else 1.0
-        gradient, objective = _layer_gradient(given, one, here.contiguous())
-        gradients.append(unit * gradient)
-        total += unit * objective
-    return gradients, total
+    for given, matrix, here, unit in _layers(setting, parameters, latents):
+        problem = column_problem(given, here)
+        objective, gradient = over_chunks(MapProblem.value_and_gradient, problem, matrix)
+        gradients.append(gradient * (unit / given.total_weight))
+        total += unit * _mean(given, objective, here)
+    if setting.convolution is None:
+        return gradients, total
+    (gradient,) = gradients
+    return [setting.convolution.pull(gradient[:, :-1]), gradient[:, -1]], total
 
 
-def _layer_gradient(setting: Setting, parameters: Tensor, latents: Tensor) -> tuple[Tensor, float]:
-    problem = column_problem(setting, latents)
+def _layers(
+    setting: Setting, parameters: list[Tensor], latents: Tensor
+) -> list[tuple[Setting, Tensor, Tensor, float]]:
+    """Of each layer what is given, its parameters, its latents, and the unit of its objective."""
+    model = model_of(setting, parameters)
+    parts = [one.contiguous() for one in split_layers(latents, model.upper)]
+    units = [1.0, *(setting.alpha for _ in model.upper)]
+    return list(zip(layer_settings(setting, parts), model.matrices(), parts, units, strict=True))
 
-    def work(low: int, high: int) -> tuple[Tensor, Tensor]:
-        part = problem.chunk(low, high)
-        rows = torch.arange(high - low, device=parameters.device)
-        objective, gradient = part.value_and_gradient(parameters[low:high], rows)
-        return gradient, objective
 
-    parts = map_chunks(work, len(parameters), problem.chunk_rows(), parameters.device)
-    gradient = torch.cat([one for one, _ in parts]) / setting.total_weight
-    objective = float(torch.cat([two for _, two in parts]).sum()) - setting.log_base
+def _mean(setting: Setting, objective: Tensor, latents: Tensor) -> float:
+    """Mean objective from those of the features (p,) and the prior of latents (n, k)."""
     prior = 0.5 * setting.alpha * setting.weighted_sum(latents.double().square().sum(1))
-    return gradient, (objective + prior) / setting.total_weight
+    return (float(objective.sum()) - setting.log_base + prior) / setting.total_weight
 
 
 def solve_and_step(
@@ -206,4 +219,4 @@ def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> b
     at_zero = setting.family.log_partition(model_of(setting, parameters).intercept)
     if not bool(torch.isfinite(at_zero).all()):
         return False
-    return bool(np.isfinite(envelope_gradient(setting, parameters, latents)[1]))
+    return bool(np.isfinite(mean_objective(setting, parameters, latents)))

@@ -57,8 +57,7 @@ def factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(hessian.detach())
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     definite = info == 0
-    factor[~definite] = identity
-    return factor, definite
+    return torch.where(definite[:, None, None], factor, identity), definite
 
 
 def solve_factored(factor: Tensor, right: Tensor) -> Tensor:

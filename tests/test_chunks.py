@@ -108,7 +108,7 @@ def short_of_memory(monkeypatch, owner, name, most, rows_of):
 @pytest.mark.parametrize("family", ["poisson", "bernoulli"])
 def test_a_fit_short_of_memory_gives_the_same_results(family, k, monkeypatch, one_thread):
     X = sample(family, n=700, p=30)
-    options = {"family": family, "max_iter": 5, "tol": 1.0, "random_state": 0}
+    options = {"family": family, "max_iter": 5, "tol": 1.0, "random_state": 0, "device": "cpu"}
     expected = ExpFamilyDEQ(k, **options).fit(X)
     scores, likelihood = expected.transform(X), expected.score_samples(X)
     failures = short_of_memory(
@@ -157,8 +157,7 @@ def test_encoding_short_of_memory(monkeypatch, one_thread):
 
 @pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
 def test_a_bad_entry_of_a_later_chunk_is_named(layout, monkeypatch):
-    for module in ("_data", "_validation"):
-        monkeypatch.setattr(f"skdeq.{module}.CHUNK_ENTRIES", 50)
+    monkeypatch.setattr("skdeq._data.CHUNK_ENTRIES", 50)
     X = sample("poisson", n=100) + 1
     X[73, 4] = -2
     with pytest.raises(ValueError, match="row 73, column 4 of X is -2"):

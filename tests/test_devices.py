@@ -109,6 +109,15 @@ def test_models_serve_on_a_machine_without_cuda(device, tmp_path):
     assert served.stdout.strip() == f"SERVED {len(ESTIMATORS)}", served.stderr
 
 
+def test_a_network_forgets_where_its_backbone_was_pretrained():
+    network = fitted("classifier")
+    expected = network.predict_proba(X)
+    # As after a fit on a card that this machine has not.
+    network.backbone_.device = "cuda:7"
+    network.set_params(device="auto")
+    np.testing.assert_allclose(network.predict_proba(X), expected, rtol=1e-6)
+
+
 @pytest.fixture
 def two_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

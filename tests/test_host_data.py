@@ -168,6 +168,8 @@ def test_a_fit_never_has_the_data_on_the_card(name, card, monkeypatch):
     X = sample(options.get("family", "gaussian"), n=N, p=P).astype(np.float64)
     X = prepare(X)
     options = {"n_components": 2, "max_iter": 6, "tol": 1.0, "random_state": 0, **options}
+    # The card is a stand-in.
+    options["device"] = "cpu"
     expected = ExpFamilyDEQ(**options).fit(X)
     monkeypatch.setattr(expfam_fitted, "to_observations", card.observations)
     actual = ExpFamilyDEQ(**options).fit(X)
@@ -215,6 +217,8 @@ def test_data_larger_than_the_card(device, name, monkeypatch):
     options, prepare = FITS[name]
     X = prepare(sample(options.get("family", "gaussian"), n=N, p=P).astype(np.float64))
     options = {"n_components": 2, "max_iter": 6, "tol": 1.0, "random_state": 0, **options}
+    # The card is a stand-in.
+    options["device"] = "cpu"
     expected = ExpFamilyDEQ(device=device, **options).fit(X)
     monkeypatch.setattr("skdeq._data.free_memory", lambda device: 0)
     actual = ExpFamilyDEQ(device=device, **options).fit(X)

@@ -1,18 +1,24 @@
 """Models that are saved and loaded: pickle, joblib and skops."""
 
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import joblib
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from conftest import sample
 from sklearn.base import clone
 
 import skdeq
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
+from skdeq._encoder_fit import EncoderTrainer
+from skdeq._observations import CompressedRows
+from skdeq._scoring import Scoring
 from skdeq.families import Binomial, ReLU
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -135,3 +141,34 @@ def test_a_model_of_another_version_says_so(name, dump, load, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(dump(loaded))
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ExpFamilyDEQ(2, family="poisson", max_iter=3, tol=1.0),
+        ExpFamilyDEQ(2, family="poisson", solver="adam", max_iter=2, tol=1.0),
+        ImplicitEMEncoder(4, max_iter=2),
+    ],
+)
+def test_nothing_of_a_fit_waits_for_the_collector(estimator, layout, monkeypatch):
+    # On a card the data of one fit of a search after the other would pile up.
+    held = []
+    for owner in (EncoderTrainer, Scoring, CompressedRows):
+        original = owner.__init__
+
+        def init(self, *args, _original=original, **options):
+            _original(self, *args, **options)
+            held.append(weakref.ref(self))
+
+        monkeypatch.setattr(owner, "__init__", init)
+    X = layout(sample("poisson", n=60, p=6).astype(float))
+    gc.collect()
+    gc.disable()
+    try:
+        clone(estimator).fit(X)
+        assert held
+        assert not [one() for one in held if one() is not None]
+    finally:
+        gc.enable()

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import skdeq._encoder_fit as encoder_fit
 import skdeq._precondition as precondition
+import skdeq._replay as replay
 from skdeq import ImplicitEMEncoder
 from skdeq._encoder_fit import EncoderTrainer
 from skdeq._replay import StepRunner
@@ -74,6 +75,12 @@ OPTIONS = {
     "redundancy": {"weight_redundancy": 0.5},
     "revived": {"revive_dead": True, "variance_weight": 0.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def early(monkeypatch):
+    """Capture steps before a fit of few rows is over."""
+    monkeypatch.setattr(replay, "_WARM_UP", 3)
 
 
 def fitted(X, sample_weight=None, **options):
@@ -146,7 +153,7 @@ def test_a_step_does_not_wait_for_the_device(name, weighted, monkeypatch):
 def test_rows_that_stay_on_the_host(dtype, layout, weighted, monkeypatch):
     X = layout(sample("poisson", n=333, p=12).astype(dtype))
     weight = np.linspace(1, 2, 333) if weighted else None
-    expected = fitted(X, sample_weight=weight)
+    expected = fitted(X, sample_weight=weight, device="cpu")
     fetched, fetches = precondition.fetched, []
 
     def counted(part, device):
@@ -158,7 +165,7 @@ def test_rows_that_stay_on_the_host(dtype, layout, weighted, monkeypatch):
         monkeypatch.setattr(module, "fetched", counted)
     monkeypatch.setattr(encoder_fit, "_GATHERED_ENTRIES", 12 * 100)
     monkeypatch.setattr(encoder_fit, "_CHUNK_ENTRIES", 12 * 100)
-    actual = fitted(X, sample_weight=weight)
+    actual = fitted(X, sample_weight=weight, device="cpu")
     rtol = 1e-9 if dtype == np.float64 else 1e-4
     assert_same(actual, expected, rtol)
     np.testing.assert_allclose(actual.transform(X), expected.transform(X), rtol, 10 * rtol)

@@ -37,13 +37,13 @@ def prepare(settings: Settings, method: str, device: str) -> Trial:
     def run():
         on_device = device.startswith("cuda")
         if on_device:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         with common.without_convergence_warnings():
             _, fit = common.seconds_of(model.fit, X)
             _, transform = common.seconds_of(model.transform, X)
         values = {"fit": fit, "transform": transform}
         if on_device:
-            values["device_memory"] = torch.cuda.max_memory_allocated() / 2**20
+            values["device_memory"] = torch.cuda.max_memory_allocated(device) / 2**20
         return values, None
 
     return Trial(run, lambda _: {"objective": model.loss_curve_[-1]})
