@@ -1,6 +1,6 @@
 """What the displays share: the estimators they take, their axes, their colours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn.pipeline import Pipeline
@@ -13,13 +13,16 @@ __all__ = [
     "PALETTE",
     "POSITIVE_COLOR",
     "check_component_indices",
+    "check_option",
     "check_table",
     "columns_of_grid",
+    "component_title",
     "divide_axes",
     "explained_ratio",
     "fitted_step",
     "new_axes",
     "percent",
+    "rows_for",
     "style",
 ]
 
@@ -86,6 +89,23 @@ def fitted_step(estimator, attributes: Sequence[str], display: str, accepted: st
     raise ValueError(f"{needs} {given}, which has no {' or '.join(attributes)}.{''.join(advice)}")
 
 
+def rows_for(estimator, step, X):
+    """Return rows of data as the last step of a pipeline sees them."""
+    return X if step is estimator or len(estimator) == 1 else estimator[:-1].transform(X)
+
+
+def check_option(name: str, value, allowed: Iterable[str]) -> None:
+    """Refuse an option that there is not.
+
+    Raises
+    ------
+    ValueError
+        Naming those that there are.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
 def explained_ratio(step) -> tuple[np.ndarray, str] | None:
     """Share that each component explains, and of what; None where the estimator has no such."""
     for name in ("deviance", "variance"):
@@ -93,6 +113,23 @@ def explained_ratio(step) -> tuple[np.ndarray, str] | None:
         if ratio is not None:
             return np.asarray(ratio), name
     return None
+
+
+def component_title(step, column: int, n_columns: int, of_what: bool) -> tuple[str, str]:
+    """Name of a column of scores, and what its component explains, empty where that is not known.
+
+    A component of a convolution has a column for each of its places, and one share.
+    """
+    kernels = getattr(step, "kernels_", None)
+    n_places = 1 if kernels is None else n_columns // len(kernels)
+    component, place = divmod(column, n_places)
+    title = f"Component {component}" + (f", place {place}" if n_places > 1 else "")
+    explained = explained_ratio(step)
+    if explained is None:
+        return title, ""
+    ratio, quantity = explained
+    share = f"{ratio[component]:.1%}" + (f" of {quantity}" if of_what else "")
+    return title, share + (" at all places" if n_places > 1 else "")
 
 
 def check_component_indices(

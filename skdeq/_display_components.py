@@ -18,8 +18,8 @@ from skdeq._display import (
     check_component_indices,
     check_table,
     columns_of_grid,
+    component_title,
     divide_axes,
-    explained_ratio,
     fitted_step,
     style,
 )
@@ -165,7 +165,11 @@ class ComponentsDisplay:
         indices = check_component_indices(component_indices, len(components))
         if feature_names is None:
             feature_names = _names_of_features(estimator, step)
-        titles = _titles(step, indices, len(components), image_shape is None)
+        named = [
+            component_title(step, int(index), len(components), image_shape is None)
+            for index in indices
+        ]
+        titles = ["\n".join(filter(None, both)) for both in named]
         display = cls(
             components=components[indices],
             image_shape=image_shape,
@@ -298,24 +302,6 @@ class ComponentsDisplay:
                 panel.set_xlim(*_bar_range(components))
         for panel in self.axes_[-n_columns:]:
             panel.set_xlabel("Weight")
-
-
-def _titles(step: Any, indices: np.ndarray, n_rows: int, say_of_what: bool) -> list[str]:
-    """Name components and the share that each explains; of kernels, every place."""
-    explained = explained_ratio(step)
-    kernels = getattr(step, "kernels_", None)
-    n_places = 1 if kernels is None else n_rows // len(kernels)
-    titles = []
-    for index in indices:
-        component, place = divmod(int(index), n_places)
-        title = f"Component {component}" + (f", place {place}" if n_places > 1 else "")
-        if explained is not None:
-            ratio, quantity = explained
-            title += f"\n{ratio[component]:.1%}"
-            title += " at all places" if n_places > 1 else ""
-            title += f" of {quantity}" if say_of_what else ""
-        titles.append(title)
-    return titles
 
 
 def _names_of_features(estimator, step) -> np.ndarray | None:

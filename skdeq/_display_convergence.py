@@ -9,7 +9,15 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
-from skdeq._display import LINE_COLOR, PALETTE, divide_axes, fitted_step, style
+from skdeq._display import (
+    LINE_COLOR,
+    PALETTE,
+    check_option,
+    divide_axes,
+    fitted_step,
+    rows_for,
+    style,
+)
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._implicit_em import ImplicitEMEncoder
 from skdeq._typing import MatrixLike
@@ -163,9 +171,7 @@ class ConvergenceDisplay:
         rows = {}
         if X is not None:
             fitted_step(estimator, ("map_latents",), f"{cls.__name__} with X", "ExpFamilyDEQ")
-            if step is not estimator and len(estimator) > 1:
-                X = estimator[:-1].transform(X)
-            result = step.map_latents(X)
+            result = step.map_latents(rows_for(estimator, step, X))
             rows = {
                 "residuals": result.residual,
                 "converged": result.converged,
@@ -210,8 +216,7 @@ class ConvergenceDisplay:
             The display itself.
         """
         check_matplotlib_support(f"{type(self).__name__}.plot")
-        if kind not in _KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}; got {kind!r}.")
+        check_option("kind", kind, _KINDS)
         curve = np.asarray(self.loss_curve, dtype=float)
         if curve.ndim != 1 or not curve.size:
             raise ValueError(

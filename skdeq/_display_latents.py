@@ -15,7 +15,7 @@ from skdeq._display import (
     PALETTE,
     check_component_indices,
     check_table,
-    explained_ratio,
+    component_title,
     fitted_step,
     new_axes,
     style,
@@ -182,7 +182,7 @@ class LatentMapDisplay:
         )
         scores = check_table(estimator.transform(X), "The output of transform")
         pair = _check_pair(component_indices, scores.shape[1])
-        xlabel, ylabel = (_axis_label(step, index) for index in pair)
+        xlabel, ylabel = (_axis_label(step, index, scores.shape[1]) for index in pair)
         return cls.from_predictions(
             scores,
             y,
@@ -371,14 +371,11 @@ def _check_pair(indices, n_components: int) -> np.ndarray:
     return pair
 
 
-def _axis_label(step, index: int) -> str:
+def _axis_label(step, index: int, n_columns: int) -> str:
     # Whitened latents are in a basis of their own, of which no component tells the share.
     if isinstance(step, ExpFamilyDEQ) and step.whiten:
         return f"Latent {index}"
     if isinstance(step, ImplicitEMEncoder):
         return f"{_ENCODER_OUTPUTS[step.output]} of component {index}"
-    explained = explained_ratio(step)
-    if explained is None:
-        return f"Component {index}"
-    ratio, name = explained
-    return f"Component {index} ({ratio[index]:.1%} of {name})"
+    title, share = component_title(step, index, n_columns, of_what=True)
+    return f"{title} ({share})" if share else title

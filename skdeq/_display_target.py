@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.utils import column_or_1d
 from sklearn.utils._missing import is_pandas_na
 
-from skdeq._display import MISSING_COLOR, PALETTE
+from skdeq._display import MISSING_COLOR, PALETTE, check_option
 
 __all__ = ["Labels", "Numbers", "read_target"]
 
@@ -100,10 +100,7 @@ def read_target(y, n_rows: int, target_type: str, colors) -> Labels | Numbers:
         raise ValueError(
             f"y must have one entry for each of the {n_rows} rows; it has {len(values)}."
         )
-    if target_type not in _TYPES:
-        raise ValueError(
-            f"target_type must be one of {', '.join(map(repr, _TYPES))}; got {target_type!r}."
-        )
+    check_option("target_type", target_type, _TYPES)
     if target_type == "categorical" or (target_type == "auto" and _looks_categorical(values)):
         return _labels(values, categories, colors)
     return _numbers(values, colors)

@@ -16,10 +16,12 @@ from skdeq._display import (
     MISSING_COLOR,
     PALETTE,
     check_component_indices,
+    check_option,
     check_table,
     divide_axes,
     fitted_step,
     percent,
+    rows_for,
     style,
 )
 from skdeq._encoder_fit import DEAD_VARIANCE
@@ -160,8 +162,7 @@ class ComponentUsageDisplay:
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         step = fitted_step(estimator, ("responsibilities",), cls.__name__, "ImplicitEMEncoder")
-        if step is not estimator and len(estimator) > 1:
-            X = estimator[:-1].transform(X)
+        X = rows_for(estimator, step, X)
         encoder = copy.copy(step).set_params(output="activations")
         return cls.from_predictions(
             encoder.transform(X),
@@ -274,8 +275,7 @@ class ComponentUsageDisplay:
             If there is no such kind, or if a dead component is none of those there are.
         """
         check_matplotlib_support(f"{type(self).__name__}.plot")
-        if kind not in _KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}; got {kind!r}.")
+        check_option("kind", kind, _KINDS)
         values = {
             "mean": self.mean_activation,
             "active": self.active_share,

@@ -32,6 +32,8 @@ __all__ = ["EquilibriumLayer"]
 
 # The second where they are made from kernels.
 _LOADINGS_IN_STATE = ("loadings", "parametrizations.loadings.original")
+# First intercepts where maps have kinks at zero: half of a unit's rows move it across, not all.
+_OFF_THE_KINK = 0.1
 
 
 class EquilibriumLayer(nn.Module):
@@ -166,17 +168,23 @@ class EquilibriumLayer(nn.Module):
         """Draw small loadings, and an intercept inside the domain of the family."""
         for loadings, intercept in self.pairs():
             nn.init.normal_(loadings, std=1 / math.sqrt(len(loadings)))
-            nn.init.zeros_(intercept)
+            # At zero, where the latents start, all predictors would lie on a kink together.
+            nn.init.constant_(intercept, _OFF_THE_KINK if self._has_kinks else 0.0)
         if parametrize.is_parametrized(self, "loadings"):
             # What was drawn above is a function of the parameters that are there.
             drawn = torch.randn_like(self.loadings) / math.sqrt(len(self.loadings))
             setattr(self, "loadings", drawn)  # noqa: B010 (mypy takes it for the parameter)
-        self.intercept.copy_(predictors_inside(self.family, self.intercept))
+        if not self.family.domain.is_real_line:
+            self.intercept.copy_(predictors_inside(self.family, self.intercept))
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return loadings and intercept of each layer, from the data to the top."""
         hidden = zip(self.hidden_loadings, self.hidden_intercepts, strict=True)
         return [(self.loadings, self.intercept), *hidden]
+
+    @property
+    def _has_kinks(self) -> bool:
+        return bool(self.family.widths or (len(self.hidden_loadings) and self.hidden_map.widths))
 
     @property
     def is_convex(self) -> bool:
@@ -247,17 +255,19 @@ class EquilibriumLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             equilibrium = self._equilibrium(x)
             if start is not None:
-                start = checked_start(start, (len(x), sum(equilibrium.sizes)), self.loadings)
+                start = checked_start(
+                    start, (len(x), sum(equilibrium.sizes)), equilibrium.loadings
+                )
             result = self._solved(equilibrium, start)
             latents = result.value
             if torch.is_grad_enabled():
                 result, latents = equilibrium.differentiable(result, self.tol)
             elif latents.dtype != torch.float64:
                 result = equilibrium.certified(result)
-            latents = split_layers(latents, equilibrium.upper)[-1]
+            latents = split_layers(latents, equilibrium.upper)[-1].to(self.loadings.dtype)
             if self.rotation is not None:
                 latents = latents @ self.rotation
-        return latents, result
+        return latents, result.to(self.loadings.dtype)
 
     @torch.compiler.disable
     def certify(self, x: Tensor) -> FixedPointResult:
@@ -275,7 +285,7 @@ class EquilibriumLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             equilibrium = self._equilibrium(x)
             result = equilibrium.certified(self._solved(equilibrium))
-        return replace(result, layer_sizes=equilibrium.sizes)
+        return replace(result.to(self.loadings.dtype), layer_sizes=equilibrium.sizes)
 
     def _solved(self, equilibrium: Equilibrium, start: Tensor | None = None) -> FixedPointResult:
         return equilibrium.solve(
@@ -288,7 +298,9 @@ class EquilibriumLayer(nn.Module):
         check_type(loadings.dtype)
         if x.dim() != 2 or x.shape[1] != len(intercept):
             raise ValueError(f"x must have shape (n, {len(intercept)}); got {tuple(x.shape)}.")
-        x = x.to(loadings.dtype)
+        # Next to a kink float32 cannot tell the sides apart.
+        working = torch.float64 if self._has_kinks else loadings.dtype
+        x = x.to(working)
         profile, offset = self.exposure_profile, None
         is_missing = torch.isnan(x)
         gaps = bool(is_missing.any())
@@ -297,10 +309,11 @@ class EquilibriumLayer(nn.Module):
         if gaps:
             statistic = torch.where(is_missing, 0.0, statistic)
         if profile is not None:
+            profile = profile.to(working)
             total = torch.where(is_missing, 0.0, x).sum(1)
             expected = torch.where(is_missing, 0.0, profile).sum(1)
             offset = log_exposure(total, expected, profile.sum())
-        upper = tuple(HiddenLayer(*pair) for pair in above)
+        upper = tuple(HiddenLayer(one.to(working), two.to(working)) for one, two in above)
         return Equilibrium(
             self.family,
             self.hidden_map,
@@ -308,8 +321,8 @@ class EquilibriumLayer(nn.Module):
             statistic,
             is_missing if gaps else None,
             offset,
-            loadings,
-            intercept,
+            loadings.to(working),
+            intercept.to(working),
             upper,
         )
 

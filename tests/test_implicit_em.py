@@ -809,3 +809,13 @@ def test_constant_weights_change_nothing():
     plain = encoder(max_iter=2).fit(X)
     weighted = encoder(max_iter=2).fit(X, sample_weight=np.full(len(X), 0.5))
     np.testing.assert_allclose(weighted.components_, plain.components_, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_are_repetition_with_dead_components_revived():
+    X = digits(100)
+    weight = np.random.default_rng(0).integers(0, 4, 100)
+    options = {"batch_size": 1000, "max_iter": 3, "revive_dead": True, "lse_weight": 1e4}
+    weighted = encoder(8, **options).fit(X, sample_weight=weight)
+    repeated = encoder(8, **options).fit(np.repeat(X, weight, axis=0))
+    assert len(weighted.dead_components_)
+    np.testing.assert_allclose(weighted.components_, repeated.components_, atol=1e-9)

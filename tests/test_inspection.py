@@ -878,3 +878,11 @@ def test_components_of_kernels_are_their_places():
         for place in (0, places - 1):
             title = display.titles[kernel * places + place]
             assert title == f"Component {kernel}, place {place}\n{share:.1%} at all places"
+    # A map of two of them, too.
+    chart = LatentMapDisplay.from_estimator(model, X, component_indices=(1, places))
+    shares = model.explained_deviance_ratio_
+    expected = [
+        f"Component {kernel}, place {place} ({shares[kernel]:.1%} of deviance at all places)"
+        for kernel, place in ((0, 1), (1, 0))
+    ]
+    assert [chart.ax_.get_xlabel(), chart.ax_.get_ylabel()] == expected

@@ -600,3 +600,33 @@ def test_a_row_with_an_infinite_entry_leaves_the_gradients_of_the_others(family,
     module(x)[1:].square().sum().backward()
     for one, gradient in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(one.grad, gradient)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "bernoulli"])
+@pytest.mark.parametrize(
+    "options", [{"canonical_map": "relu"}, {"hidden_layer_sizes": (4,), "hidden_map": "relu"}]
+)
+def test_a_new_layer_does_not_start_on_a_kink(options, family):
+    torch.manual_seed(0)
+    layer = EquilibriumLayer(10, 2, family=family, **options).double()
+    x = torch.from_numpy(sample(family, n=20, p=10))
+    z = layer(x)
+    assert (z != 0).any(1).sum() > 15
+    z.sum().backward()
+    assert max(float(one.grad.abs().max()) for one in layer.parameters()) < 1e3
+
+
+def test_float32_tells_the_sides_of_a_kink_apart():
+    torch.manual_seed(0)
+    layer = EquilibriumLayer(10, 2, canonical_map="relu")
+    wide = copy.deepcopy(layer).double()
+    x = torch.randn(50, 10)
+    result = layer.certify(x)
+    assert result.converged.all() and result.value.dtype == torch.float32
+    z, exact = layer(x), wide(x.double())
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.double(), exact, rtol=1e-5, atol=1e-6)
+    z.sum().backward()
+    exact.sum().backward()
+    for one, other in zip(layer.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
