@@ -257,8 +257,8 @@ class EncoderTrainer:
             with torch.cuda.stream(stream):
                 return rows.gather(torch.cat(group), slot)
 
-        fetched = one_ahead(gather, ((group, place % 2) for place, group in enumerate(groups)))
-        for group, gathered in zip(groups, fetched, strict=True):
+        ahead = one_ahead(gather, ((group, place % 2) for place, group in enumerate(groups)))
+        for group, gathered in zip(groups, ahead, strict=True):
             batches = gathered.split([len(index) for index in group])
             for index, batch in zip(group, batches, strict=True):
                 if sample_weight is None:

@@ -22,6 +22,7 @@ from skdeq._chunks import parallel_chunks
 from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
+from skdeq._hierarchy import has_one_solution
 from skdeq._latents import laplace_log_likelihood
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
@@ -228,8 +229,9 @@ class ExpFamilyDEQ(
         Mean objective, with all constants of the likelihood: before the step of each iteration of
         "scoring", and after each epoch of "adam".
     n_iter_ : int
-        Iterations run. Where the variance has no bound (Poisson, negative binomial, gamma) two
-        starts are first compared by four iterations each, which are not counted.
+        Iterations run. Where the variance has no known bound (Poisson, negative binomial, gamma,
+        and through a canonical map) two starts are first compared by four iterations each, on
+        4,096 rows at most, which are not counted.
     converged_ : bool
         Whether `tol` was met within `max_iter` iterations. After the first batch of `partial_fit`
         it is that of its fit, from the second on false, as a stream has no end. Of single rows
@@ -402,7 +404,7 @@ class ExpFamilyDEQ(
         with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
             setting, model = self._fit(X, sample_weight, progress)
             left_out = setting.observations.shape[0] < _num_samples(X)
-            if left_out or not setting.family.is_canonical:
+            if left_out or not has_one_solution(setting.family, model.upper):
                 # Rows of zero weight took no part in the fit; and where a row has several
                 # solutions, the one that `transform` finds is the one to return.
                 return self._output(self._codes(X), X)

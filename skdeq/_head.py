@@ -1,11 +1,14 @@
 """The network on top of the latents, as it is kept and as it predicts."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["Head"]
+__all__ = ["Head", "outputs_of"]
+
+Values = TypeVar("Values", np.ndarray, torch.Tensor)
 
 
 @dataclass
@@ -59,6 +62,11 @@ class Head:
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """Compute the outputs (n, n_outputs)."""
         values = (latents - self.centre) / self.scale
-        for coef, intercept in zip(self.coefs[:-1], self.intercepts[:-1], strict=True):
-            values = np.maximum(values @ coef + intercept, 0)
-        return (values @ self.coefs[-1] + self.intercepts[-1]).astype(latents.dtype)
+        return outputs_of(values, self.coefs, self.intercepts).astype(latents.dtype)
+
+
+def outputs_of(values: Values, coefs: list[Values], intercepts: list[Values]) -> Values:
+    """Compute the outputs (n, n_outputs) of a ReLU network, of arrays or tensors (n, k)."""
+    for coef, intercept in zip(coefs[:-1], intercepts[:-1], strict=True):
+        values = (values @ coef + intercept).clip(min=0)
+    return values @ coefs[-1] + intercepts[-1]

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from skdeq._base import numpy_dtype, to_numpy, to_tensor, torch_dtype
 from skdeq._data import brought, rows_of
-from skdeq._head import Head
+from skdeq._head import Head, outputs_of
 from skdeq._optimiser_state import (
     OptimiserState,
     forget_steps,
@@ -162,9 +162,7 @@ class HeadTrainer:
     def _network(self, index: Tensor, training: bool = False) -> Tensor:
         latents = self._features(index, training)
         values = (latents - self._centre) / self._scale
-        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
-            values = torch.relu(torch.addmm(bias, values, weight))
-        return torch.addmm(self._biases[-1], values, self._weights[-1])
+        return outputs_of(values, self._weights, self._biases)
 
     def outputs(self, index: np.ndarray) -> np.ndarray:
         """Compute the outputs of the network for some rows."""

@@ -13,6 +13,7 @@ the layer below once more, and what is new is only that its data are latents.
 """
 
 import copy
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,11 @@ class HiddenLayer:
 def layer_family(hidden_map: CanonicalMap) -> Family:
     """Law of latents given their linear predictor, in units of their precision."""
     return through(Gaussian(), hidden_map)
+
+
+def has_one_solution(family: Family, upper: Sized) -> bool:
+    """Whether the latents of a row are the one solution of a convex problem."""
+    return family.is_canonical and not len(upper)
 
 
 def split_layers(latents: Tensor, upper: tuple[HiddenLayer, ...]) -> list[Tensor]:
@@ -219,8 +225,8 @@ class HierarchyProblem:
         sizes = [size]
         for square, (_, _, _, curvature) in zip(self._squares, energies, strict=True):
             sizes.append(self.alpha * (curvature @ square))
-        for piece, part, size in zip(pieces, parts, sizes, strict=True):
-            residuals.append(scaled_residual(piece, part, self.alpha + size / part.shape[1]))
+        for piece, part, one in zip(pieces, parts, sizes, strict=True):
+            residuals.append(scaled_residual(piece, part, self.alpha + one / part.shape[1]))
         return torch.stack(residuals).amax(0)
 
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from sklearn.base import (
-    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
@@ -26,21 +25,16 @@ from skdeq._base import (
     returned,
     seeded_generator,
     stream_batch,
-    to_numpy,
     to_tensor,
-    torch_dtype,
 )
 from skdeq._data import to_rows
+from skdeq._encoder_base import EncoderBase
 from skdeq._encoder_fit import (
-    DEAD_VARIANCE,
     OPTIMISERS,
-    EncoderOptions,
     EncoderTrace,
-    EncoderTrainer,
-    encode,
     start_weights,
 )
-from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
+from skdeq._precondition import Preconditioner
 from skdeq._progress import CallbackSupportMixin, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import (
@@ -48,7 +42,6 @@ from skdeq._validation import (
     check_rows,
     check_stream_type,
     refuse_changes,
-    weighted_rows,
 )
 from skdeq._warn import warn
 from skdeq.objectives import (
@@ -56,16 +49,11 @@ from skdeq.objectives import (
     Activation,
     BatchObjective,
     ObjectiveWeights,
-    PairActivation,
     responsibilities,
     weight_redundancy,
 )
 
 __all__ = ["ImplicitEMEncoder"]
-
-# Share of the variance of all rows above which one row decides about their scale, where there are
-# enough of them for that to be out of the ordinary.
-_MOST_OF_ONE, _LEAST_ROWS = 0.5, 20
 
 
 class ImplicitEMEncoder(
@@ -73,7 +61,7 @@ class ImplicitEMEncoder(
     VersionedMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
-    BaseEstimator,
+    EncoderBase,
 ):
     r"""Sparse features without a decoder: one linear layer trained by implicit EM.
 
@@ -534,122 +522,6 @@ class ImplicitEMEncoder(
         """
         return -sum(self.loss_terms(X, sample_weight).values())
 
-    def _activation(self) -> Activation:
-        return _activation_of(self.activation)
-
-    def _changes(self) -> dict[str, tuple[Any, Any]]:
-        """Parameters that ask for other components than there are: what they are, and were."""
-        changes: dict[str, tuple[Any, Any]] = {}
-        if self._activation() != _activation_of(self._trained_activation):
-            changes["activation"] = (self.activation, self._trained_activation)
-        if self.n_components != len(self.components_):
-            changes["n_components"] = (self.n_components, len(self.components_))
-        return changes
-
-    def _objective_weights(self) -> ObjectiveWeights:
-        return ObjectiveWeights(
-            lse=float(self.lse_weight),
-            variance=float(self.variance_weight),
-            decorrelation=float(self.decorrelation_weight),
-            weight_redundancy=float(self.weight_redundancy),
-        )
-
-    def _training(self, X, sample_weight, *, reset: bool, least: int = 2):
-        """Validate training rows and their weights."""
-        self._activation()
-        X = check_rows(self, X, reset=reset, min_rows=least)
-        return self._weighted(X, sample_weight, least)
-
-    def _weighted(self, X, sample_weight, least: int = 2):
-        """Validate the weights of validated rows; rows of no weight are left out."""
-        n_given = X.shape[0]
-        sample_weight, X = weighted_rows(sample_weight, X)
-        if sample_weight is None:
-            return X, None
-        if len(sample_weight) < least:
-            raise ValueError(
-                f"sample_weight is positive for {len(sample_weight)} of {n_given} rows; "
-                f"{type(self).__name__} needs at least {least}."
-            )
-        if bool((sample_weight == 1).all()):
-            return X, None
-        # Counts of repeated rows stay as they are; shares get the mean of counts of one.
-        mean = sample_weight.mean(dtype=np.float64)
-        if mean < 1:
-            sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
-        return X, sample_weight
-
-    def _preconditioner(self, rows, weight) -> Preconditioner:
-        """Location and scale of the training rows; warn if one of them decides."""
-        preconditioner = fit_preconditioner(rows, weight)
-        share = preconditioner.its_share
-        if share > _MOST_OF_ONE and rows.shape[0] >= _LEAST_ROWS:
-            warn(
-                f"Row {preconditioner.farthest} of {rows.shape[0]} (those of positive weight) has "
-                f"{100 * share:.0f} % of their variance: to {type(self).__name__} the others are "
-                "next to alike. Leave such rows out, clip them, or transform X (a logarithm of "
-                "amounts).",
-                UserWarning,
-            )
-        return preconditioner
-
-    def _trainer(self, rows, device, preconditioner, start, dtype) -> EncoderTrainer:
-        options = EncoderOptions(
-            activation=self._activation(),
-            weights=self._objective_weights(),
-            solver=self.solver,
-            learning_rate=float(self.learning_rate),
-            momentum=float(self.momentum),
-            batch_size=int(self.batch_size),
-            max_iter=int(self.max_iter),
-            tol=float(self.tol),
-            revive_dead=bool(self.revive_dead),
-        )
-        working = torch_dtype(np.result_type(dtype, np.float32))
-        batches = RowBatches(rows, preconditioner, working, device)
-        return EncoderTrainer(start.to(batches.device, working).clone(), options, batches)
-
-    def _store(self, rows, weight, preconditioner, trainer, trace, dtype) -> None:
-        """Fold location and scale back and keep everything as numpy."""
-        dtype = np.result_type(dtype, np.float32)
-        components, intercept = preconditioner.fold(trainer.weights)
-        self.components_ = to_numpy(components, dtype)
-        self.intercept_ = to_numpy(intercept, dtype)
-        self.loss_curve_ = list(trace.loss_curve)
-        self.n_iter_ = trace.n_iter
-        self._trained_activation = self.activation
-        self._weights = to_numpy(trainer.weights)
-        self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
-        self._solver_state = trainer.state()
-        distance = self._encode(rows, trainer.weights.device)
-        if weight is None:
-            variance = distance.var(0, correction=0)
-        else:
-            share = weight / weight.sum()
-            variance = share @ (distance - share @ distance).square_()
-        self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
-
-    def _warn_if_dead(self) -> None:
-        """Warn if no component is alive."""
-        if len(self.dead_components_) == len(self.components_):
-            warn(
-                f"All {len(self.components_)} components of {type(self).__name__} are dead: their "
-                f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
-                f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
-                "or check that the rows differ.",
-                ConvergenceWarning,
-            )
-
-    def _encode(self, rows, device: torch.device) -> torch.Tensor:
-        components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)
-        return encode(rows, components, intercept, self._activation(), device)
-
-    def _distances(self, X) -> torch.Tensor:
-        check_is_fitted(self)
-        X = check_rows(self, X, reset=False)
-        device = resolve_device(self.device, X)
-        return self._encode(to_rows(X, device), device)
-
     @property
     def _n_features_out(self) -> int:
         return len(self.components_)
@@ -659,20 +531,3 @@ class ImplicitEMEncoder(
         tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-def _activation_of(given: str | Activation | tuple[Callable, Callable]) -> Activation:
-    if isinstance(given, str):
-        return ACTIVATIONS[given]
-    if isinstance(given, PairActivation):
-        given.check()
-    if isinstance(given, Activation):
-        return given
-    if len(given) != 2 or not all(map(callable, given)):
-        raise ValueError(
-            "activation must be one of "
-            f"{sorted(ACTIVATIONS)} or a pair (function, derivative) of callables; got {given!r}."
-        )
-    activation = PairActivation(*given)
-    activation.check()
-    return activation

@@ -14,6 +14,7 @@ from skdeq._fixed_point_problem import FixedPointResult
 from skdeq._hessian_systems import solve_hessians
 from skdeq._hierarchy import (
     HiddenLayer,
+    has_one_solution,
     hidden_energies,
     hidden_gradients,
     layer_family,
@@ -70,7 +71,7 @@ class Equilibrium:
     @property
     def is_convex(self) -> bool:
         """Whether the latents of a row are the one solution of a convex problem."""
-        return self.family.is_canonical and not self.upper
+        return has_one_solution(self.family, self.upper)
 
     @cached_property
     def _setting(self) -> Setting:

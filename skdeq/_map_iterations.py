@@ -196,7 +196,7 @@ def anderson(
     FixedPointResult
     """
     state = _Descent(problem, start, effective_tolerance(tol, start.dtype), max_iter)
-    n_rows, r = start.shape
+    r = start.shape[1]
     # Orthonormal differences of steps, what undoing one of them does to the next point, and how
     # much of it the latest step has.
     directions: list[Tensor] = []

@@ -6,6 +6,7 @@ is the bias. One learning rate then serves all data, and what was learned is fol
 weights and bias for ``x`` itself.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,8 @@ def fit_preconditioner(
     n, p = values.shape
     size = max(1, _CHUNK_ENTRIES // p)
     # Sums of squares about a point among the data lose no digits to a distant origin.
-    rows_of = Observations(values).dense_rows
-    head = rows_of(0, min(n, _SHIFT_ROWS, size))
+    dense_rows = Observations(values).dense_rows
+    head = dense_rows(0, min(n, _SHIFT_ROWS, size))
     shift = head.double().mean(0)
 
     chunks = -(-n // size)
@@ -99,7 +100,7 @@ def fit_preconditioner(
     farthest = shift.new_zeros(2, chunks)
 
     def work(start: int, stop: int) -> None:
-        rows = torch.sub(rows_of(start, stop), shift)
+        rows = torch.sub(dense_rows(start, stop), shift)
         weight = rows.new_ones(len(rows))
         if sample_weight is not None:
             weight = sample_weight[start:stop].double()
@@ -132,9 +133,10 @@ def fit_preconditioner(
     if not bool(variance.any()) and bool((head != head[:1]).any()):
         scale = 0.0  # the squares are below the least number
     if not _SCALES[0] < scale < _SCALES[1]:
+        distance = f"of {spread**0.5:.1e}" if math.isfinite(spread) else "beyond all numbers"
         raise ValueError(
-            f"The rows of X have a root mean square distance of {spread**0.5:.1e} from their "
-            "mean, too far from one to compute with; rescale X."
+            f"The rows of X have a root mean square distance {distance} from their mean, too far "
+            "from one to compute with; rescale X."
         )
     at = int(farthest[0].argmax())
     share = float(farthest[0, at] / sums[1].sum().clamp_min(torch.finfo(torch.float64).tiny))

@@ -152,7 +152,7 @@ class _SparseResiduals(_Residuals):
     """Of sparse data: the data minus a matrix of rank one."""
 
     def __init__(self, setting: Setting, intercept: Tensor, on_link_scale: bool):
-        self._entries = setting.observations
+        self._transformed = setting.observations
         super().__init__(setting, intercept, on_link_scale)
 
     def _average(self) -> Tensor:
@@ -162,12 +162,12 @@ class _SparseResiduals(_Residuals):
             self._moved(values, self.exposure, self.mean),
             self._moved(values.T, self.mean, self.exposure),
         )
-        self._entries = replace(observations, values=moved)
+        self._transformed = replace(observations, values=moved)
         weight = self.weight.unsqueeze(1)
         counts = self.weight.sum().expand(len(self.mean))
         if observations.missing is not None:
             counts = counts - observations.T.missing_product(weight).squeeze(1)
-        return self._mean_of((self._entries.T @ weight).squeeze(1), counts)
+        return self._mean_of((self._transformed.T @ weight).squeeze(1), counts)
 
     def _moved(self, places: CompressedRows, by_row: Tensor, by_column: Tensor) -> Tensor:
         # Not in parts put together, which would be in memory twice.
@@ -190,17 +190,17 @@ class _SparseResiduals(_Residuals):
     def times(self, matrix: Tensor) -> Tensor:
         """Return R M."""
         scaled = matrix * self._scale.unsqueeze(1)
-        product = self._entries @ scaled
+        product = self._transformed @ scaled
         product.addr_(self._profile, self._centre @ scaled, alpha=-1)
-        if self._entries.missing is not None:
-            gaps = self._entries.missing_product(self._centre.unsqueeze(1) * scaled)
+        if self._transformed.missing is not None:
+            gaps = self._transformed.missing_product(self._centre.unsqueeze(1) * scaled)
             product.addcmul_(self._profile.unsqueeze(1), gaps)
         return product.mul_(self._root.unsqueeze(1))
 
     def normal(self, matrix: Tensor) -> Tensor:
         """Return R^T S R M."""
         scaled = self.times(matrix).mul_((self._root * self.weight).unsqueeze(1))
-        transposed = self._entries.T
+        transposed = self._transformed.T
         product = transposed @ scaled
         product.addr_(self._centre, self._profile @ scaled, alpha=-1)
         if transposed.missing is not None:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
 from skdeq._exposure import log_exposure
-from skdeq._hierarchy import HiddenLayer, split_layers
+from skdeq._hierarchy import HiddenLayer, has_one_solution, split_layers
 from skdeq._inside import predictors_inside
 from skdeq._layer_checks import (
     check_input,
@@ -189,7 +189,7 @@ class EquilibriumLayer(nn.Module):
     @property
     def is_convex(self) -> bool:
         """Whether the latents of a row are the one solution of a convex problem."""
-        return self.family.is_canonical and not len(self.hidden_loadings)
+        return has_one_solution(self.family, self.hidden_loadings)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -1,0 +1,127 @@
+"""The backbone of DEQClassifier and DEQRegressor: which it is, pretrained, and its latents."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from skdeq._base import to_numpy
+from skdeq._chunks import parallel_chunks
+from skdeq._expfam_deq import ExpFamilyDEQ
+from skdeq._expfam_fitted import narrowed
+from skdeq._expfam_layout import changed_parameters
+from skdeq._progress import Progress
+
+__all__ = ["WithBackbone"]
+
+# Components of the default backbone, where there are as many features. Of the labels of
+# digits (three folds) two components get 0.77 right, 4 0.92, 8 0.97, 16 0.98 and 32 0.98; on wine,
+# breast cancer and iris all that is from 4 on is within 0.02.
+_COMPONENTS = 16
+# Rows from which on it has them, and its components otherwise. Weights that count repetitions
+# count here, too, but there are no more components than rows.
+_MANY_ROWS = 100
+_COMPONENTS_OF_FEW = 2
+
+
+def _default_components(X, sample_weight) -> int:
+    """Components of the default backbone, by how many rows there are, repetitions included."""
+    n, p = X.shape
+    total = n if sample_weight is None else max(n, float(sample_weight.sum()))
+    enough = n >= _COMPONENTS and total >= _MANY_ROWS
+    return min(_COMPONENTS if enough else _COMPONENTS_OF_FEW, n, p)
+
+
+def _unfrozen(backbone):
+    """Return what is in a `FrozenEstimator`, or in several; all else as it is."""
+    while isinstance(backbone, FrozenEstimator):
+        backbone = backbone.estimator
+    return backbone
+
+
+class WithBackbone(BaseEstimator):
+    """Private methods of an estimator that has an `ExpFamilyDEQ` below its head."""
+
+    def _changes(self) -> dict[str, tuple[Any, Any]]:
+        """Parameters that ask for another model than is fitted: what they are, and were."""
+        asked, there = self._backbone().get_params(), self.backbone_.get_params()
+        if self.backbone is None:
+            asked["n_components"] = there["n_components"]
+        changes = {
+            f"backbone__{name}": pair for name, pair in changed_parameters(asked, there).items()
+        }
+        sizes = tuple(self.head_layer_sizes), tuple(coef.shape[1] for coef in self.coefs_[:-1])
+        if sizes[0] != sizes[1]:
+            changes["head_layer_sizes"] = sizes
+        return changes
+
+    def _backbone(self) -> ExpFamilyDEQ:
+        backbone = _unfrozen(self.backbone)
+        return backbone if isinstance(backbone, ExpFamilyDEQ) else ExpFamilyDEQ()
+
+    def _is_pretrained(self) -> bool:
+        """Whether the backbone is fitted, and as what its parameters ask for."""
+        backbone = self._backbone()
+        is_fitted = hasattr(backbone, "components_")
+        is_frozen = isinstance(self.backbone, FrozenEstimator)
+        if is_frozen or not is_fitted or backbone._fitted_as is None:
+            return is_fitted
+        return not changed_parameters(backbone.get_params(), backbone._fitted_as)
+
+    def _check_backbone(self) -> None:
+        if not isinstance(self.backbone, FrozenEstimator):
+            return
+        frozen = _unfrozen(self.backbone)
+        if not isinstance(frozen, ExpFamilyDEQ):
+            raise ValueError(
+                "backbone must be an ExpFamilyDEQ, or a FrozenEstimator of one; got a "
+                f"FrozenEstimator of {type(frozen).__name__}."
+            )
+        check_is_fitted(frozen)
+
+    def _pretrained(self, X, sample_weight, progress: Progress, seed: int) -> ExpFamilyDEQ:
+        """Copy of the backbone, fitted."""
+        backbone = self._backbone()
+        if self._is_pretrained():
+            if backbone.n_features_in_ != X.shape[1]:
+                raise ValueError(
+                    f"X has {X.shape[1]} features, but the backbone was fitted on "
+                    f"{backbone.n_features_in_}."
+                )
+            names = getattr(backbone, "feature_names_in_", None)
+            seen = getattr(self, "feature_names_in_", None)
+            if names is not None and seen is not None and not np.array_equal(names, seen):
+                raise ValueError(
+                    "The feature names of X are not those that the backbone was fitted with, or "
+                    f"in another order: {seen.tolist()} instead of {names.tolist()}."
+                )
+            return copy.deepcopy(backbone)
+        backbone = clone(backbone)
+        if self.backbone is None:
+            backbone.set_params(n_components=_default_components(X, sample_weight))
+        if backbone.random_state is None:
+            backbone.set_params(random_state=seed)
+        if self.device != "auto":
+            backbone.set_params(device=self.device)
+        with progress.part("pretrain", backbone):
+            backbone.fit(X, sample_weight=sample_weight)
+        if hasattr(self, "feature_names_in_"):
+            # X was a data frame before it was validated.
+            backbone.feature_names_in_ = self.feature_names_in_
+        return backbone
+
+    def _latents(self, X, *, checked: bool = False) -> np.ndarray:
+        """MAP latents of validated rows, in the top layer."""
+        backbone = copy.copy(self.backbone_)
+        # Not the one it was pretrained on, which may not be there any more.
+        backbone.device = self._backbone().device if self.device == "auto" else self.device
+        with parallel_chunks():
+            result, setting = backbone._solve_validated(X)
+        if checked:
+            backbone._checked(result)
+        return to_numpy(narrowed(result, setting).layers[-1])
