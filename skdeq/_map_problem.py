@@ -131,7 +131,7 @@ class MapProblem:
                 self.constant += row_offset.double() * projected[:, -1]
         if self.rows_differ_in_data_alone and weight is None and offset is not None:
             # Entries that no unknown moves, such as columns of one value, add the same to all
-            # rows: a sixth of the pixels of MNIST.
+            # rows: a tenth of the pixels of MNIST.
             moved = (design != 0).any(1)
             if 0 < int(moved.sum()) < len(moved):
                 self.constant -= family.log_partition(offset[~moved].double()).sum()

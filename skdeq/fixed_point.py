@@ -10,7 +10,8 @@ The three solvers are plain functions with one signature::
     solver(problem, start, *, tol, max_iter) -> FixedPointResult
 
 and ask of the problem only what they use (see :class:`FixedPointProblem`). Adding a solver is
-one function and one row of :data:`SOLVERS`.
+one function and one row of :data:`SOLVERS`, and its name in one of the sets below where it forms
+Hessians or must start from zero.
 """
 
 from collections.abc import Callable
