@@ -21,7 +21,8 @@ def train_head(network, features, targets, n_outputs, epochs):
     """Yield the head of a DEQClassifier or DEQRegressor after each epoch on features as given."""
     generator = torch.Generator().manual_seed(network.random_state)
     head = Head.start(features, None, network.head_layer_sizes, n_outputs, generator)
-    rows = TrainingRows(features, targets, None, features, resolve_device(network.device))
+    device = resolve_device(network.device)
+    rows = TrainingRows(torch.from_numpy(features), targets, None, features, device)
     # The layer stays unused: the features stand where its latents would.
     layer = EquilibriumLayer(1, 1)
     network = clone(network).set_params(fine_tune=False, dropout=0.0)

@@ -58,7 +58,7 @@ def rows_as_they_come():
         zero = torch.zeros(rows.shape[1], dtype=torch.float64)
         return Preconditioner(zero, 1.0, torch.ones_like(zero, dtype=torch.bool), 1.0)
 
-    return mock.patch("skdeq._implicit_em.fit_preconditioner", leave)
+    return mock.patch("skdeq._encoder_base.fit_preconditioner", leave)
 
 
 def probe_accuracy(train, y_train, test, y_test):
