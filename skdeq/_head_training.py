@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,7 +106,6 @@ class HeadTrainer:
             # More digits would drown in the noise of the minibatches. Where the variance has no
             # bound a residual in units of a diagonal Newton step says less about the error.
             self.layer.tol = max(layer.tol, _TOLERANCE)
-        self._X = brought(rows.X, rows.device)
         self._centre = to_tensor(head.centre).to(**like)
         self._scale = to_tensor(head.scale).to(**like)
         self._weights = [to_tensor(coef).to(**like).clone() for coef in head.coefs]
@@ -140,11 +139,16 @@ class HeadTrainer:
         # were undone.
         self.undone = 0
 
+    @cached_property
+    def _rows_at_hand(self) -> object:
+        # Not before they are asked for: a frozen backbone is trained on its latents alone.
+        return brought(self.rows.X, self.rows.device)
+
     def _features(self, index: Tensor, training: bool) -> Tensor:
         fine_tune, leave_out = self.options.fine_tune, training and self.options.dropout > 0
         if not (fine_tune or leave_out):
             return self._latents[index]
-        x = rows_of(self._X, index, self.rows.device)
+        x = rows_of(self._rows_at_hand, index, self.rows.device)
         if leave_out:
             drawn = torch.rand(x.shape, generator=self.generator, device="cpu")
             x = x.masked_fill((drawn < self.options.dropout).to(x.device), torch.nan)
