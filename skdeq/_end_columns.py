@@ -15,7 +15,8 @@ from torch import Tensor
 from skdeq._base import to_numpy, to_tensor
 from skdeq._data import columns_at, missing_per_column, take_rows
 from skdeq._family import Family
-from skdeq._model import Pins, Setting
+from skdeq._loadings import Pins
+from skdeq._setting import Setting
 
 __all__ = ["EndColumns", "end_columns"]
 

@@ -16,25 +16,24 @@ from skdeq._expfam_layout import (
     changed_parameters,
     parameters_of_the_model,
 )
+from skdeq._explained_deviance import NEXT_TO_NOTHING, explained_deviance
 from skdeq._family import Family
 from skdeq._family_checks import check_parts
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
+from skdeq._latent_model import LatentModel
 from skdeq._latents import fit_start_map, solve_latents, typical_variance
-from skdeq._model import LatentModel, Setting, null_model
+from skdeq._loadings import FreeLoadings, KernelLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
 from skdeq._rotation import (
-    NEXT_TO_NOTHING,
-    explained_deviance,
     latent_covariance,
     orthonormal_scores,
     pooled_covariance,
 )
+from skdeq._setting import Setting, null_model
 from skdeq._stochastic import (
-    free_parameters,
     hold,
-    model_of,
     restart,
     solve_and_step,
 )
@@ -101,11 +100,11 @@ class LatentVariableEstimator(FittedLatents):
         setting = ends.pinned(setting)
         n, p = X.shape
         found = f"n_samples={n}{' with positive weight' if n < n_given else ''}, n_features={p}"
-        convolution = setting.convolution
-        if convolution is not None and convolution.n_pixels != p:
+        loadings = setting.loadings
+        if isinstance(loadings, KernelLoadings) and loadings.convolution.n_pixels != p:
             raise ValueError(
-                f"image_shape={self.image_shape!r} has {convolution.n_pixels} pixels, but X has "
-                f"{p} features."
+                f"image_shape={self.image_shape!r} has {loadings.convolution.n_pixels} pixels, "
+                f"but X has {p} features."
             )
         if self.solver == "scoring" and not self._is_scoring():
             raise ValueError(
@@ -119,14 +118,14 @@ class LatentVariableEstimator(FittedLatents):
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
                 f"min(n_samples, n_features)={min(n, p)} ({found})."
             )
-        if k > min(n, p) and convolution is None:
+        if k > min(n, p) and isinstance(loadings, FreeLoadings):
             raise ValueError(
                 f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} ({found})."
             )
         generator = seeded_generator(self.random_state)
         previous = None
         if self.warm_start and self._layer_sizes() == (p, *sizes):
-            previous = self._parameters(setting)
+            previous = self._model_for(setting)
         solver = fit_full_batch if self._is_scoring() else fit_minibatches
         options = self._options()
 
@@ -200,11 +199,7 @@ class LatentVariableEstimator(FittedLatents):
             setting,
             lambda index: rows_of(X, index, latents.device),
             lambda scores: predictor_of(
-                scores @ from_scores.to(scores.dtype),
-                model.loadings,
-                model.intercept,
-                model.upper,
-                setting.hidden_map,
+                scores @ from_scores.to(scores.dtype), model, setting.hidden_map
             ),
             trace.null_intercept,
             latents @ to_scores.to(latents.dtype),
@@ -269,12 +264,13 @@ class LatentVariableEstimator(FittedLatents):
 
         Of a convolution the kernels make the basis, and the scores are maps.
         """
-        convolution = self._convolution()
-        if convolution is None:
+        loadings = self._loadings()
+        if isinstance(loadings, FreeLoadings):
             # Of an earlier fit.
             self.__dict__.pop("kernels_", None)
             jacobian = mean_jacobian(latents, model.upper, self._hidden_map(), weight)
             return orthonormal_scores(model.loadings, covariance, jacobian)
+        convolution = loadings.convolution
         kernels = convolution.kernels(model.loadings)
         basis, change = orthonormal_scores(
             kernels.T,
@@ -316,20 +312,16 @@ class LatentVariableEstimator(FittedLatents):
         like: dict[str, Any] = {"dtype": setting.observations.dtype}
         like["device"] = setting.observations.device
         (loadings, intercept), *pairs = layer.pairs()
-        upper = tuple(
-            HiddenLayer(one.detach().to(**like), two.detach().to(**like)) for one, two in pairs
-        )
-        model = LatentModel(
-            loadings.detach().to(**like), intercept.detach().to(**like), None, upper
-        )
+        upper = tuple(HiddenLayer(one.detach(), two.detach()) for one, two in pairs)
+        model = LatentModel(loadings.detach(), intercept.detach(), upper=upper).to(**like)
         # The rows anew: each of them was last seen at other parameters.
         solved = solve_latents(
             setting,
-            *model.parameters,
+            model,
+            self._latent_solver(),
             curvature=to_tensor(self._curvature).to(**like),
             start=None if start is None else start.to(**like),
             check_start=True,
-            **self._options().latent_solver(),
         )
         model = replace(model, latents=solved.value)
         self._keep(setting.rounded_off(), model, self._moments_of(setting, model, of_stream))
@@ -353,8 +345,7 @@ class LatentVariableEstimator(FittedLatents):
         check_stream_type(X, self.loadings_)
         if self._fitted_as is not None:
             refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
-        loadings, intercept, upper = self._parameters(setting)
-        parameters = free_parameters(setting, LatentModel(loadings, intercept, None, upper))
+        parameters = setting.loadings.parameters(self._model_for(setting))
         state, ends = self._adam, EndColumns(**self._ends) if self._ends else None
         if ends:
             ends, seen = ends.after(X, setting)
@@ -369,10 +360,10 @@ class LatentVariableEstimator(FittedLatents):
             setting,
             parameters,
             optimiser,
-            curvature=to_tensor(self._curvature).to(loadings),
-            **self._options().latent_solver(),
+            self._latent_solver(),
+            curvature=to_tensor(self._curvature).to(parameters[0]),
         )
-        model = replace(model_of(setting, parameters), latents=solution.value)
+        model = replace(setting.loadings.model(parameters), latents=solution.value)
         null_intercept, null_objective = null_model(setting)
         trace = Trace(
             null_intercept,

@@ -24,6 +24,7 @@ from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
 from skdeq._hierarchy import has_one_solution
 from skdeq._latents import laplace_log_likelihood
+from skdeq._loadings import KernelLoadings
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import check_codes
@@ -508,7 +509,7 @@ class ExpFamilyDEQ(
         with parallel_chunks():
             result, setting, rows = self._solve(X)
             self._checked(result)
-            marginal = laplace_log_likelihood(setting, *self._parameters(setting), result.value)
+            marginal = laplace_log_likelihood(setting, self._model_for(setting), result.value)
             return returned(marginal + log_base_rows(rows, setting.family).to(marginal), X)
 
     def score(
@@ -558,12 +559,10 @@ class ExpFamilyDEQ(
         'sigmoid(zeta)'
         """
         self._family()
-        convolution = self._convolution()
-        loadings = "dense" if convolution is None else str(convolution)
         return describe(
             get_family(self.family),
             get_canonical_map(self.canonical_map),
-            loadings=loadings,
+            loadings=str(self._loadings()),
             hidden_layer_sizes=self._sizes()[:-1],
             hidden_map=get_canonical_map(self.hidden_map),
         )
@@ -604,9 +603,9 @@ class ExpFamilyDEQ(
         for (loadings, intercept), arrays in zip(layer.pairs(), layers, strict=True):
             loadings.data.copy_(to_tensor(arrays[0]))
             intercept.data.copy_(to_tensor(arrays[1]))
-        convolution = self._convolution()
-        if convolution is not None:
-            tie_to_kernels(layer, convolution)
+        free = self._loadings()
+        if isinstance(free, KernelLoadings):
+            tie_to_kernels(layer, free.convolution)
         if not self.whiten:
             layer.rotation = to_tensor(self._to_scores).to(layer.loadings.dtype, copy=True)
         if self.exposure is not None:

@@ -1,7 +1,6 @@
 """What ExpFamilyDEQ does with fitted parameters: rows to tensors, solve, return."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from skdeq._exposure import exposure_offset
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions
 from skdeq._hierarchy import HiddenLayer, mean_from_top, split_layers
-from skdeq._latents import solve_latents
-from skdeq._model import Setting
+from skdeq._latent_model import LatentModel
+from skdeq._latents import LatentSolver, solve_latents
+from skdeq._setting import Setting
 from skdeq._validation import check_observations
 from skdeq._warn import warn
 from skdeq.families import Family
@@ -50,7 +50,7 @@ class FittedLatents(LatentLayout):
             sample_weight=sample_weight,
             row_offset=offset,
             hidden_map=self._hidden_map(),
-            convolution=self._convolution(),
+            loadings=self._loadings(),
         )
         return setting.double() if self._in_double else setting, profile
 
@@ -61,10 +61,13 @@ class FittedLatents(LatentLayout):
             tol=float(self.tol),
             learning_rate=float(self.learning_rate),
             batch_size=self.batch_size,
-            fixed_point=self.fixed_point,
-            fixed_point_tol=float(self.fixed_point_tol),
-            fixed_point_max_iter=int(self.fixed_point_max_iter),
+            latent_solver=self._latent_solver(),
             hidden_layer_sizes=self._sizes()[:-1],
+        )
+
+    def _latent_solver(self) -> LatentSolver:
+        return LatentSolver(
+            self.fixed_point, float(self.fixed_point_tol), int(self.fixed_point_max_iter)
         )
 
     def _layer_sizes(self) -> tuple[int, ...]:
@@ -79,54 +82,44 @@ class FittedLatents(LatentLayout):
             return []
         return list(zip(self.hidden_loadings_, self.hidden_intercepts_, strict=True))
 
-    def _parameters(
-        self, setting: Setting
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[HiddenLayer, ...]]:
-        """Fitted loadings, intercept and upper layers in the type and on the device of data."""
-        like: dict[str, Any] = {
-            "dtype": setting.observations.dtype,
-            "device": setting.observations.device,
-        }
-        return (
-            to_tensor(self.loadings_).to(**like),
-            to_tensor(self.intercept_).to(**like),
-            self._upper(**like),
-        )
+    def _model(self, device: torch.device, dtype: torch.dtype) -> LatentModel:
+        """Fitted parameters in a type and on a device, such as those of data."""
+        return LatentModel(
+            to_tensor(self.loadings_),
+            to_tensor(self.intercept_),
+            upper=tuple(
+                HiddenLayer(to_tensor(loadings), to_tensor(intercept))
+                for loadings, intercept in self._hidden()
+            ),
+        ).to(device, dtype)
+
+    def _model_for(self, setting: Setting) -> LatentModel:
+        """Fitted parameters in the type and on the device of data."""
+        return self._model(setting.observations.device, setting.observations.dtype)
 
     def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
         """Linear predictors at unit exposure of what `transform` returns, where that lies."""
-        like: dict[str, Any] = {"dtype": torch.float64, "device": codes.device}
-        intercept = to_tensor(self.intercept_).to(**like)
-        if not self._hidden():
+        model = self._model(codes.device, torch.float64)
+        latents = codes.double()
+        if not (model.upper or self.whiten):
             # Products with the scores' own basis, exact where a component is empty.
-            basis = to_tensor(self.loadings_.T if self.whiten else self.components_)
-            predictor = codes.double() @ basis.to(**like) + intercept
+            predictor = latents @ to_tensor(self.components_).to(latents) + model.intercept
         else:
-            latents = codes.double()
             if not self.whiten:
-                latents = latents @ torch.linalg.pinv(to_tensor(self._to_scores).to(**like))
-            loadings, upper = to_tensor(self.loadings_).to(**like), self._upper(**like)
-            predictor = predictor_of(latents, loadings, intercept, upper, self._hidden_map())
+                latents = latents @ torch.linalg.pinv(to_tensor(self._to_scores).to(latents))
+            predictor = predictor_of(latents, model, self._hidden_map())
         return predictor.to(codes.dtype)
-
-    def _upper(self, **like) -> tuple[HiddenLayer, ...]:
-        return tuple(
-            HiddenLayer(to_tensor(one).to(**like), to_tensor(two).to(**like))
-            for one, two in self._hidden()
-        )
 
     def _latents(self, setting: Setting, start: torch.Tensor | None = None) -> FixedPointResult:
         """Solve the rows of a setting at the fitted parameters."""
-        loadings, intercept, upper = self._parameters(setting)
+        model = self._model_for(setting)
         result = solve_latents(
             setting,
-            loadings,
-            intercept,
-            upper,
-            curvature=to_tensor(self._curvature).to(loadings),
+            model,
+            self._latent_solver(),
+            curvature=to_tensor(self._curvature).to(model.loadings),
             start=start,
-            start_map=to_tensor(self._start_map).to(loadings),
-            **self._options().latent_solver(),
+            start_map=to_tensor(self._start_map).to(model.loadings),
         )
         return replace(result, layer_sizes=self._layer_sizes()[1:])
 
@@ -197,12 +190,7 @@ def top_latents(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.
     return split_layers(latents, upper)[-1].contiguous()
 
 
-def predictor_of(
-    top: torch.Tensor,
-    loadings: torch.Tensor,
-    intercept: torch.Tensor,
-    upper: tuple[HiddenLayer, ...],
-    hidden_map: CanonicalMap,
-) -> torch.Tensor:
+def predictor_of(top: torch.Tensor, model: LatentModel, hidden_map: CanonicalMap) -> torch.Tensor:
     """Linear predictor at unit exposure of what the prior expects below the top latents."""
-    return torch.addmm(intercept, mean_from_top(top, upper, hidden_map), loadings.T)
+    first = mean_from_top(top, model.upper, hidden_map)
+    return torch.addmm(model.intercept, first, model.loadings.T)

@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
+from skdeq._loadings import FreeLoadings, KernelLoadings, Loadings
 from skdeq.families import get_canonical_map, get_family
 
 __all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model"]
@@ -90,10 +91,10 @@ class LatentLayout(BaseEstimator):
             )
         return family
 
-    def _convolution(self) -> Convolution | None:
-        """Validate the geometry of convolutional loadings; None for dense ones."""
+    def _loadings(self) -> Loadings:
+        """Say what of the loadings is fitted; validate the geometry of convolutional ones."""
         if self.loadings == "dense":
-            return None
+            return FreeLoadings()
         if self.image_shape is None:
             raise ValueError(
                 "loadings='conv2d' needs image_shape=(height, width) or (channels, height, width)."
@@ -117,7 +118,7 @@ class LatentLayout(BaseEstimator):
                 "loadings='conv2d' is for one layer of latents; got "
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r}."
             )
-        return convolution
+        return KernelLoadings(convolution)
 
     def _is_scoring(self) -> bool:
         """Whether `fit` is by alternating Fisher scoring, and not by minibatches."""
@@ -126,9 +127,9 @@ class LatentLayout(BaseEstimator):
 
     def _sizes(self) -> tuple[int, ...]:
         """Validate the numbers of latents of the layers, from the data to the top."""
-        convolution = self._convolution()
-        if convolution is not None:
-            return (int(self.n_components) * convolution.n_places,)
+        loadings = self._loadings()
+        if isinstance(loadings, KernelLoadings):
+            return (int(self.n_components) * loadings.convolution.n_places,)
         hidden = self.hidden_layer_sizes
         sizes = tuple(hidden)
         if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):

@@ -8,19 +8,15 @@ import torch
 from torch import Tensor
 
 from skdeq._hierarchy import HiddenLayer
-from skdeq._latents import solve_latents, typical_variance
-from skdeq._model import LatentModel, Setting, hidden_setting, null_model
+from skdeq._latent_model import LatentModel
+from skdeq._latents import LatentSolver, solve_latents, typical_variance
+from skdeq._loadings import KernelLoadings
 from skdeq._progress import Progress
 from skdeq._rotation import fix_signs
 from skdeq._scoring import Scoring, balance, telling_gain
+from skdeq._setting import Setting, hidden_setting, null_model
 from skdeq._spectral import spectral_start
-from skdeq._stochastic import (
-    free_parameters,
-    hold,
-    mean_objective,
-    model_of,
-    solve_and_step,
-)
+from skdeq._stochastic import hold, mean_objective, solve_and_step
 
 __all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
 
@@ -46,6 +42,8 @@ _ASTRAY = 0.1
 # Share of the first learning rate down to which the change of an epoch is held against the
 # tolerance itself, and from which on against a share of it.
 _TELLING = 0.1
+# Epochs in a row that change next to nothing after which a fit has converged.
+_QUIET = 2
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,8 @@ class FitOptions:
     tol: float
     learning_rate: float
     batch_size: int | None
-    fixed_point: str
-    fixed_point_tol: float
-    fixed_point_max_iter: int
+    latent_solver: LatentSolver
     hidden_layer_sizes: tuple[int, ...] = ()
-
-    def latent_solver(self) -> dict:
-        """Arguments of ``solve_latents``."""
-        return {
-            "method": self.fixed_point,
-            "tol": self.fixed_point_tol,
-            "max_iter": self.fixed_point_max_iter,
-        }
 
 
 @dataclass
@@ -86,25 +74,24 @@ def _start(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple | None,
+    previous: LatentModel | None,
 ) -> tuple[LatentModel, Trace]:
     intercept, objective = null_model(setting)
     trace = Trace(intercept, objective)
     if previous is not None:
-        loadings, start, upper = previous
-        parameters = free_parameters(setting, LatentModel(loadings, start, None, upper))
+        parameters = setting.loadings.parameters(previous)
         hold(setting, parameters)
-        model = model_of(setting, parameters)
-        solved = solve_latents(setting, *model.parameters, **options.latent_solver())
+        model = setting.loadings.model(parameters)
+        solved = solve_latents(setting, model, options.latent_solver)
         model = replace(model, latents=solved.value)
         # What was fitted to other data, or under another law, may be worse than nothing.
         if mean_objective(setting, parameters, solved.value) < objective:
             return model, trace
-    convolution = setting.convolution
-    if convolution is not None:
+    if isinstance(setting.loadings, KernelLoadings):
         some = _some_rows(setting, _PATCHED_ROWS)
-        residual = _working_residuals(some, intercept)
-        kernels = convolution.start(residual, some.sample_weight, options.n_components)
+        kernels = setting.loadings.convolution.start(
+            _working_residuals(some, intercept), some.sample_weight, options.n_components
+        )
         return _best_scale(setting, options, kernels, intercept), trace
     sizes = (*options.hidden_layer_sizes, options.n_components)
     model = _first_layer(setting, sizes[0], generator, intercept, objective)
@@ -146,8 +133,8 @@ def _best_scale(
         if halvings >= _HALVINGS and best[0] < null:
             break
         parameters = [kernels * 0.5**halvings, intercept]
-        model = model_of(setting, parameters)
-        solved = solve_latents(some, *model.parameters, **options.latent_solver())
+        model = setting.loadings.model(parameters)
+        solved = solve_latents(some, model, options.latent_solver)
         objective = mean_objective(some, parameters, solved.value)
         if best[1] is None or objective < best[0]:
             best = (objective, model)
@@ -222,7 +209,7 @@ def fit_full_batch(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple | None,
+    previous: LatentModel | None,
     progress: Progress,
 ) -> tuple[LatentModel, Trace]:
     """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
@@ -232,15 +219,13 @@ def fit_full_batch(
         trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
         trace.converged = scoring.converged
         # The latents are those of the loadings before the last, or on the way to them.
-        solver = options.latent_solver()
-        if not scoring.exact:
-            solver["tol"] = max(solver["tol"], _CLOSE)
+        solver = options.latent_solver
         solved = solve_latents(
             setting,
-            *model.parameters,
+            model,
+            solver if scoring.exact else solver.to_within(_CLOSE),
             curvature=partial(typical_variance, setting, model, "rows"),
             start=model.latents,
-            **solver,
         )
         return fix_signs(replace(model, latents=solved.value)), trace
 
@@ -252,79 +237,127 @@ def fit_full_batch(
         del scoring.finish
 
 
+class _Epochs:
+    """Training by epochs of minibatches, of which the best is kept.
+
+    Parameters
+    ----------
+    setting : Setting
+    options : FitOptions
+    model : LatentModel
+        Where to start.
+    null_objective : float
+        Of the model without latents.
+
+    Attributes
+    ----------
+    best : tuple of float and LatentModel
+        Objective and model, as solved for in training.
+    n_quiet : int
+        Epochs up to the last one that changed next to nothing.
+    """
+
+    def __init__(
+        self, setting: Setting, options: FitOptions, model: LatentModel, null_objective: float
+    ):
+        self.setting, self._options, self._null_objective = setting, options, null_objective
+        n = setting.observations.shape[0]
+        self._size = min(options.batch_size or _BATCH_SIZE, n)
+        self._n_batches = -(-n // self._size)
+        self._parameters = setting.loadings.parameters(model)
+        self._optimiser = torch.optim.Adam(self._parameters, lr=options.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimiser, options.max_iter * self._n_batches
+        )
+        # To the accuracy that a step can use.
+        self.loose = options.latent_solver.to_within(_LOOSE)
+        solved = solve_latents(setting, model, options.latent_solver, rounded=True)
+        self._last = mean_objective(setting, self._parameters, solved.value)
+        self.best = (self._last, replace(model, latents=solved.value))
+        self._latents = solved.value.clone()
+        self.n_quiet = 0
+
+    def epoch(self, generator: torch.Generator) -> tuple[float, Tensor]:
+        """Go once through the rows; return the mean objective and the residuals of all rows."""
+        setting, latents = self.setting, self._latents
+        n, device = setting.observations.shape[0], setting.observations.device
+        order = torch.randperm(n, generator=generator, device="cpu").to(device)
+        for index in order.split(self._size):
+            batch = setting.take(index)
+            share = batch.total_weight * self._n_batches / setting.total_weight
+            # From where the last visit left the rows.
+            visit, _ = solve_and_step(
+                batch, self._parameters, self._optimiser, self.loose, share, start=latents[index]
+            )
+            latents[index] = visit.value
+            self._schedule.step()
+        model = setting.loadings.model(self._parameters)
+        # The objective is flat at its minimum: its error is that of the latents squared.
+        solved = solve_latents(setting, model, self.loose, start=latents, rounded=True)
+        self._latents = solved.value.clone()
+        objective = mean_objective(setting, self._parameters, solved.value)
+        self._judge(objective)
+        if objective < self.best[0]:
+            self.best = (objective, replace(model, latents=solved.value))
+        elif not objective - self.best[0] <= _ASTRAY * abs(self._null_objective - self.best[0]):
+            self._set_back()
+        return objective, solved.residual
+
+    def _judge(self, objective: float) -> None:
+        """Count epochs that change next to nothing."""
+        gained = telling_gain(self._null_objective, objective)
+        # At the end of the schedule steps are so short that little changes wherever they are.
+        pace = self._schedule.get_last_lr()[0] / (_TELLING * self._schedule.base_lrs[0])
+        still = abs(self._last - objective) <= self._options.tol * gained * min(1.0, pace)
+        self.n_quiet = self.n_quiet + 1 if still else 0
+        self._last = objective
+
+    def _set_back(self) -> None:
+        """Go back to the best parameters, with smaller steps from there."""
+        kept = self.setting.loadings.parameters(self.best[1])
+        for one, old in zip(self._parameters, kept, strict=True):
+            one.copy_(old)
+        self._optimiser.state.clear()
+        self._schedule.base_lrs = [0.1 * rate for rate in self._schedule.base_lrs]
+        for group in self._optimiser.param_groups:
+            group["lr"] *= 0.1
+        # The latents that went with the others may be outside the domain of the family.
+        self._last, self._latents = self.best[0], self.best[1].latents.clone()
+
+    def finished(self) -> LatentModel:
+        """Return the best model with latents in full accuracy.
+
+        Where a row has several solutions, they are the one that is found without knowing another.
+        """
+        setting, model = self.setting, self.best[1]
+        solved = solve_latents(setting, model, self._options.latent_solver)
+        model = replace(model, latents=solved.value)
+        if model.upper or isinstance(setting.loadings, KernelLoadings):
+            return model
+        return fix_signs(balance(setting, model)(model))
+
+
 def fit_minibatches(
     setting: Setting,
     options: FitOptions,
     generator: torch.Generator,
-    previous: tuple | None,
+    previous: LatentModel | None,
     progress: Progress,
 ) -> tuple[LatentModel, Trace]:
     """Fit by epochs of minibatches; the parameters of the best epoch are kept."""
     model, trace = _start(setting, options, generator, previous)
-    n, _ = setting.observations.shape
-    device = setting.observations.device
-    size = min(options.batch_size or _BATCH_SIZE, n)
-    parameters = free_parameters(setting, model)
-    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
-    n_batches = -(-n // size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.max_iter * n_batches)
-    solved = solve_latents(setting, *model.parameters, rounded=True, **options.latent_solver())
-    objective = mean_objective(setting, parameters, solved.value)
-    best = (objective, replace(model, latents=solved.value))
-    last, quiet = objective, 0
-    latents = solved.value.clone()
-    loose = {**options.latent_solver(), "tol": max(options.fixed_point_tol, _LOOSE)}
-    progress.unit, progress.row_tol = "epoch", loose["tol"]
+    epochs = _Epochs(setting, options, model, trace.null_objective)
+    progress.unit, progress.row_tol = "epoch", epochs.loose.tol
 
     def finish() -> tuple[LatentModel, Trace]:
-        # In full accuracy and, where a row has several solutions, the one that is found without
-        # knowing another.
-        model = best[1]
-        solved = solve_latents(setting, *model.parameters, **options.latent_solver())
-        model = replace(model, latents=solved.value)
-        if not model.upper and setting.convolution is None:
-            model = fix_signs(balance(setting, model)(model))
-        return model, trace
+        return epochs.finished(), trace
 
-    for epoch in range(1, options.max_iter + 1):
+    for _ in range(options.max_iter):
         progress.begin()
-        order = torch.randperm(n, generator=generator, device="cpu").to(device)
-        for index in order.split(size):
-            batch = setting.take(index)
-            share = batch.total_weight * n_batches / setting.total_weight
-            # From where the last visit left the rows, to the accuracy that a step can use.
-            visit, _ = solve_and_step(
-                batch, parameters, optimiser, share, start=latents[index], **loose
-            )
-            latents[index] = visit.value
-            schedule.step()
-        model = model_of(setting, parameters)
-        # The objective is flat at its minimum: its error is that of the latents squared.
-        solved = solve_latents(setting, *model.parameters, start=latents, rounded=True, **loose)
-        latents = solved.value.clone()
-        objective = mean_objective(setting, parameters, solved.value)
+        objective, residual = epochs.epoch(generator)
         trace.loss_curve.append(objective)
-        trace.n_iter = epoch
-        gained = telling_gain(trace.null_objective, objective)
-        # At the end of the schedule steps are so short that little changes wherever they are.
-        pace = schedule.get_last_lr()[0] / (_TELLING * schedule.base_lrs[0])
-        still = abs(last - objective) <= options.tol * gained * min(1.0, pace)
-        quiet = quiet + 1 if still else 0
-        trace.converged = quiet >= 2
-        last = objective
-        if objective < best[0]:
-            best = (objective, replace(model, latents=solved.value))
-        elif not objective - best[0] <= _ASTRAY * abs(trace.null_objective - best[0]):
-            # Gone astray: back to the best parameters, with smaller steps from there.
-            for one, old in zip(parameters, free_parameters(setting, best[1]), strict=True):
-                one.copy_(old)
-            optimiser.state.clear()
-            schedule.base_lrs = [0.1 * rate for rate in schedule.base_lrs]
-            for group in optimiser.param_groups:
-                group["lr"] *= 0.1
-            # The latents that went with the others may be outside the domain of the family.
-            last, latents = best[0], best[1].latents.clone()
-        stop = progress.end(objective, finish, residual=solved.residual)
-        if trace.converged or stop:
+        trace.n_iter += 1
+        trace.converged = epochs.n_quiet >= _QUIET
+        if progress.end(objective, finish, residual=residual) or trace.converged:
             break
     return finish()

@@ -15,6 +15,7 @@ the layer below once more, and what is new is only that its data are latents.
 import copy
 from collections.abc import Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +58,9 @@ class HiddenLayer:
         """Linear predictor (n, h) of latents (n, r)."""
         return torch.addmm(self.intercept, above, self.loadings.T)
 
-    def double(self) -> "HiddenLayer":
-        """Return the same in float64."""
-        return HiddenLayer(self.loadings.double(), self.intercept.double())
+    def to(self, *args: Any, **kwargs: Any) -> "HiddenLayer":
+        """Return the same in another type or on another device, as a tensor's ``to`` does."""
+        return HiddenLayer(self.loadings.to(*args, **kwargs), self.intercept.to(*args, **kwargs))
 
 
 def layer_family(hidden_map: CanonicalMap) -> Family:

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._hierarchy import HiddenLayer, HierarchyProblem
+from skdeq._hierarchy import HierarchyProblem
+from skdeq._latent_model import LatentModel
 from skdeq._map_problem import MapProblem
-from skdeq._model import LatentModel, Setting, latent_problem, row_problem
 from skdeq._newton import confirm
+from skdeq._setting import Setting, latent_problem, row_problem
 from skdeq.fixed_point import (
     SOLVERS,
     SOLVERS_FROM_ZERO,
@@ -21,7 +22,13 @@ from skdeq.fixed_point import (
     newton,
 )
 
-__all__ = ["fit_start_map", "laplace_log_likelihood", "solve_latents", "typical_variance"]
+__all__ = [
+    "LatentSolver",
+    "fit_start_map",
+    "laplace_log_likelihood",
+    "solve_latents",
+    "typical_variance",
+]
 
 # Up to this rank a Hessian for every row costs less than the iterations it saves.
 _NEWTON_RANK = 16
@@ -36,37 +43,51 @@ _VARIANCE_CHUNK = 256
 _SCORED_ROWS, _SCORED_ENTRIES = 1024, 2**23
 
 
+@dataclass(frozen=True)
+class LatentSolver:
+    """How the latents of rows are solved for.
+
+    Attributes
+    ----------
+    method : {"auto", "newton", "anderson", "picard"}
+        "auto" is Newton's method for up to 16 components, for families without a bound of the
+        variance, whose curvature differs too much between rows to be shared, and for several
+        layers; else Anderson acceleration with a shared curvature, and Newton's method for the
+        rows it leaves unsolved.
+    tol : float
+        Scaled residual at which a row is solved.
+    max_iter : int
+        Iterations of each row, at most.
+    """
+
+    method: str
+    tol: float
+    max_iter: int
+
+    def to_within(self, tol: float) -> "LatentSolver":
+        """Return the same with a tolerance of no less than ``tol``."""
+        return replace(self, tol=max(self.tol, tol))
+
+
 def solve_latents(
     setting: Setting,
-    loadings: Tensor,
-    intercept: Tensor,
-    upper: tuple[HiddenLayer, ...] = (),
+    model: LatentModel,
+    solver: LatentSolver,
     *,
-    method: str,
-    tol: float,
-    max_iter: int,
     curvature: Tensor | Callable[[], Tensor] | None = None,
     start: Tensor | None = None,
     check_start: bool = False,
     start_map: Tensor | None = None,
     rounded: bool = False,
 ) -> FixedPointResult:
-    """MAP latents of every row, chunk by chunk.
+    """MAP latents of every row in all layers, chunk by chunk.
 
     Parameters
     ----------
     setting : Setting
-    loadings : Tensor of shape (p, k)
-    intercept : Tensor of shape (p,)
-    upper : tuple of HiddenLayer
-        Layers above the first, whose latents are solved for together with it.
-    method : {"auto", "newton", "anderson", "picard"}
-        "auto" is Newton's method for up to 16 components, and for families without a bound of
-        the variance, whose curvature differs too much between rows to be shared, and for
-        several layers; else Anderson
-        acceleration with a shared curvature, and Newton's method for the rows it leaves unsolved.
-    tol, max_iter :
-        Passed to the solver.
+    model : LatentModel
+        Whose own latents are of no account.
+    solver : LatentSolver
     curvature : Tensor of shape (p,) or callable that returns it, optional
         Average variance of each feature, which preconditions Anderson acceleration and is not
         asked for otherwise; by default its bound, where there is one.
@@ -87,7 +108,8 @@ def solve_latents(
     -------
     FixedPointResult
     """
-    kinks = setting.family.widths or (setting.hidden_map.widths if upper else ())
+    loadings, method, tol = model.loadings, solver.method, solver.tol
+    kinks = setting.family.widths or (setting.hidden_map.widths if model.upper else ())
     stages = kinks[1:]
     if rounded:
         setting = setting.rounded_off()
@@ -95,37 +117,29 @@ def solve_latents(
         stages = () if start is not None else tuple(one for one in stages if one >= kinks[0])
     elif kinks and loadings.dtype != torch.float64:
         # Next to a kink float32 cannot tell the sides apart.
-        result = solve_latents(
-            setting.double(),
-            loadings.double(),
-            intercept.double(),
-            tuple(layer.double() for layer in upper),
-            method=method,
-            tol=tol,
-            max_iter=max_iter,
-            start=None if start is None else start.double(),
-        )
+        wide = None if start is None else start.double()
+        result = solve_latents(setting.double(), model.to(torch.float64), solver, start=wide)
         return result.to(loadings.dtype)
     bound = setting.family.variance_bound
     bounded = bound is not None
-    finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not upper
+    finish = method == "auto" and bounded and loadings.shape[1] > _NEWTON_RANK and not model.upper
     quadratic = finish and setting.family.self_concordance == 0
     if method == "auto":
         method = "anderson" if finish else "newton"
     if method in SOLVERS_WITH_HESSIANS:
         curvature = None
     elif curvature is None and bound is not None:
-        curvature = torch.full_like(intercept, bound)
+        curvature = torch.full_like(model.intercept, bound)
     elif callable(curvature):
         curvature = curvature()
-    problem = latent_problem(setting, loadings, intercept, upper, curvature, shared_map=bounded)
+    problem = latent_problem(setting, model, curvature, shared_map=bounded)
     if method in SOLVERS_FROM_ZERO:
         start_map = None
     zero = loadings.new_zeros(problem.n_rows, problem.r)
     begin = _first_latents(problem, setting, zero, start, check_start, start_map)
 
     def solve(part: Any, value: Tensor, tol: float = tol) -> FixedPointResult:
-        return SOLVERS[method](part, value, tol=tol, max_iter=max_iter)
+        return SOLVERS[method](part, value, tol=tol, max_iter=solver.max_iter)
 
     def work(low: int, high: int) -> FixedPointResult:
         part, value = problem.chunk(low, high), begin[low:high]
@@ -142,7 +156,7 @@ def solve_latents(
         for left in unsolved.split(problem.hessian_rows()):
             if not len(left):
                 break
-            rest = newton(part.select(left), result.value[left], tol=tol, max_iter=max_iter)
+            rest = newton(part.select(left), result.value[left], tol=tol, max_iter=solver.max_iter)
             for field in ("value", "residual", "converged"):
                 getattr(result, field)[left] = getattr(rest, field)
             result.n_iter[left] += rest.n_iter
@@ -240,7 +254,7 @@ def fit_start_map(setting: Setting, model: LatentModel) -> Tensor:
     """
     n, device = len(model.latents), model.latents.device
     index = torch.arange(0, n, -(-n // _VARIANCE_ROWS), device=device)
-    problem = row_problem(setting.take(index), model.loadings, model.intercept)
+    problem = row_problem(setting.take(index), model)
     gradient = _gradient_at_zero(problem).double()
     design = torch.cat([gradient, torch.ones_like(gradient[:, :1])], dim=1)
     gram = design.T @ design
@@ -300,13 +314,7 @@ def _better_of(
     return torch.where(better.unsqueeze(1), guess, other)
 
 
-def laplace_log_likelihood(
-    setting: Setting,
-    loadings: Tensor,
-    intercept: Tensor,
-    upper: tuple[HiddenLayer, ...],
-    latents: Tensor,
-) -> Tensor:
+def laplace_log_likelihood(setting: Setting, model: LatentModel, latents: Tensor) -> Tensor:
     r"""Laplace approximation of log p(x) of each row, less the sum of log h(x).
 
     ``log p(x | z*) + log p(z*) + k/2 log 2 pi - 1/2 log det H(z*)``, k the number of latents in
@@ -318,12 +326,12 @@ def laplace_log_likelihood(
     """
     exact = replace(setting, family=setting.family.exact)
     # Sums over a row lose whole units in float32. A chunk of the data is made wide at a time.
-    parameters = loadings.double(), intercept.double(), tuple(layer.double() for layer in upper)
+    wide = model.to(torch.float64)
 
     def work(low: int, high: int) -> Tensor:
         rows = torch.arange(high - low, device=latents.device)
         part = exact.take(rows + low).double()
-        objective, _, hessian, _ = latent_problem(part, *parameters).derivatives(
+        objective, _, hessian, _ = latent_problem(part, wide).derivatives(
             latents[low:high].double(), rows, observed=True
         )
         return -objective - 0.5 * _log_determinant(hessian, setting.alpha)

@@ -21,10 +21,11 @@ from skdeq._hierarchy import (
     split_layers,
 )
 from skdeq._inside import latents_inside, predictors_inside
-from skdeq._latents import solve_latents, typical_variance
-from skdeq._model import LatentModel, Setting, latent_problem, row_problem
+from skdeq._latent_model import LatentModel
+from skdeq._latents import LatentSolver, solve_latents, typical_variance
 from skdeq._newton import LEAST_PIVOT, told_apart
 from skdeq._observations import Observations
+from skdeq._setting import Setting, latent_problem, row_problem
 from skdeq.implicit import attach_factored, attach_solver, factored
 
 __all__ = ["Equilibrium"]
@@ -85,34 +86,27 @@ class Equilibrium:
         )
 
     @cached_property
-    def _constants(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
+    def _model(self) -> LatentModel:
         """Loadings, intercept and the layers above, without gradients."""
         upper = (HiddenLayer(one.loadings.detach(), one.intercept.detach()) for one in self.upper)
-        return self.loadings.detach(), self.intercept.detach(), tuple(upper)
+        return LatentModel(self.loadings.detach(), self.intercept.detach(), upper=tuple(upper))
 
     @torch.no_grad()
-    def solve(
-        self, start: Tensor | None, *, method: str, tol: float, max_iter: int
-    ) -> FixedPointResult:
+    def solve(self, solver: LatentSolver, start: Tensor | None) -> FixedPointResult:
         """Solve for the latents of all layers, from starts (n, r) or from zero."""
         if not len(self.statistic):
             return self._of_no_rows()
-        loadings, intercept, upper = self._constants
         curvature = None
         start = self._start_inside(start)
         if start is not None and self.is_convex:
             # A closer guide than the bound of the variance that it stands for.
-            model = LatentModel(loadings, intercept, start)
+            model = replace(self._model, latents=start)
             curvature = partial(typical_variance, self._setting, model, "rows")
         with parallel_chunks():
             return solve_latents(
                 self._setting,
-                loadings,
-                intercept,
-                upper,
-                method=method,
-                tol=tol,
-                max_iter=max_iter,
+                self._model,
+                solver,
                 curvature=curvature,
                 start=start,
                 check_start=True,
@@ -125,7 +119,8 @@ class Equilibrium:
 
     def _start_inside(self, start: Tensor | None) -> Tensor | None:
         """Replace starts outside the domain, as zero is where the intercept has left it."""
-        domain, (loadings, intercept, _) = self.family.domain, self._constants
+        domain = self.family.domain
+        loadings, intercept = self._model.loadings, self._model.intercept
         if domain.is_real_line or bool(domain.contains(intercept).all()):
             return start
         inside = latents_inside(loadings, intercept, domain)
@@ -169,14 +164,14 @@ class Equilibrium:
 
     def solver_of_systems(self, latents: Tensor, tol: float) -> Callable[[Tensor], Tensor]:
         """Return a function that solves systems with the Hessians at latents, to ``tol``."""
-        setting, (loadings, intercept, _) = self._setting, self._constants
+        setting, model = self._setting, self._model
 
         def solve(right: Tensor) -> Tensor:
             if not len(right):
                 return right
             # A backward pass may be asked for under autocast, too.
             with torch.autocast(right.device.type, enabled=False), parallel_chunks():
-                problem = row_problem(setting, loadings, intercept)
+                problem = row_problem(setting, model)
                 return solve_hessians(problem, latents, right, tol)
 
         return solve
@@ -204,7 +199,7 @@ class Equilibrium:
         setting = replace(
             self._setting, family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
         )
-        problem = latent_problem(setting, *self._constants)
+        problem = latent_problem(setting, self._model)
         rows = torch.arange(len(latents), device=latents.device)
         objective, gradient, hessian, _ = problem.derivatives(latents, rows)
         # What is no number in a Hessian is none on its diagonal.

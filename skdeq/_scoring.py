@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
+from skdeq._latent_model import LatentModel
 from skdeq._latents import typical_variance
 from skdeq._map_problem import MapProblem, over_chunks
-from skdeq._model import LatentModel, Setting, column_problem, row_problem
 from skdeq._newton import backtrack, newton_step
 from skdeq._progress import Progress
+from skdeq._setting import Setting, column_problem, row_problem
 
 __all__ = ["Scoring", "balance", "telling_gain"]
 
@@ -269,7 +270,7 @@ class Scoring:
 
     def _rows(self, model: LatentModel) -> tuple[Tensor, float]:
         curvature, bound = self._curvature(model, "rows")
-        problem = row_problem(self.setting, model.loadings, model.intercept, curvature, bound)
+        problem = row_problem(self.setting, model, curvature, bound)
         latents, objective = self._half(problem, model.latents, "rows")
         mean = self.setting.weighted_sum(objective) - self.setting.log_base
         mean /= self.setting.total_weight

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks, tile_entries
 from skdeq._family import Family
-from skdeq._model import LatentModel, Setting
+from skdeq._latent_model import LatentModel
 from skdeq._observations import CompressedRows
+from skdeq._setting import Setting
 
 __all__ = ["spectral_start"]
 

@@ -12,18 +12,17 @@ from torch import Tensor
 
 from skdeq._family import Family
 from skdeq._hierarchy import split_layers
-from skdeq._latents import solve_latents
+from skdeq._latents import LatentSolver, solve_latents
+from skdeq._loadings import Pins
 from skdeq._map_problem import MapProblem, over_chunks
-from skdeq._model import LatentModel, Pins, Setting, column_problem, layer_settings
 from skdeq._optimiser_state import OptimiserState
+from skdeq._setting import Setting, column_problem, layer_settings
 from skdeq.fixed_point import FixedPointResult
 
 __all__ = [
     "envelope_gradient",
-    "free_parameters",
     "hold",
     "mean_objective",
-    "model_of",
     "restart",
     "shorten",
     "solve_and_step",
@@ -32,53 +31,25 @@ __all__ = [
 _MAX_HALVINGS = 20
 
 
-def free_parameters(setting: Setting, model: LatentModel) -> list[Tensor]:
-    """Return what there is to fit of a model, in memory of its own.
-
-    Loadings and intercept of each layer side by side (p, k + 1), from the data to the top; of a
-    convolution its kernels and the intercept.
-    """
-    if setting.convolution is None:
-        return model.matrices()
-    return [setting.convolution.kernels(model.loadings), model.intercept.clone()]
-
-
-def model_of(setting: Setting, parameters: list[Tensor]) -> LatentModel:
-    """Make a model, still without latents, of its free parameters."""
-    if setting.convolution is None:
-        return LatentModel.of(parameters)
-    kernels, intercept = parameters
-    return LatentModel(setting.convolution.matrix(kernels), intercept.clone(), None)
-
-
 def hold(setting: Setting, parameters: list[Tensor]) -> None:
     """Take back, in place, what the free parameters of columns that are not fitted have moved."""
     if setting.pins is not None:
-        _put(setting, parameters, setting.pins)
+        setting.loadings.hold_(parameters, setting.pins)
 
 
 def restart(
     setting: Setting, parameters: list[Tensor], state: OptimiserState, pins: Pins
 ) -> OptimiserState:
     """Begin some columns anew, in place, and return what Adam knows of the others."""
-    at = _put(setting, parameters, pins)
+    setting.loadings.hold_(parameters, pins)
     if not state:
         return []
-    columns = pins.columns.cpu().numpy()
-    known = {name: value.copy() for name, value in state[at].items()}
+    own, columns = setting.loadings.own, pins.columns.cpu().numpy()
+    known = {name: value.copy() for name, value in state[own].items()}
     known["exp_avg"][columns] = 0
     # Zero, corrected for no more at this step, would make for steps several times as long.
     known["exp_avg_sq"][columns] = known["exp_avg_sq"].mean(axis=0)
-    return [*state[:at], known, *state[at + 1 :]]
-
-
-def _put(setting: Setting, parameters: list[Tensor], pins: Pins) -> int:
-    """Put intercepts, and zero loadings if they are free; return where they are among them."""
-    if setting.convolution is None:
-        pins.hold_(parameters[0][:, -1], parameters[0][:, :-1])
-        return 0
-    pins.hold_(parameters[1])
-    return 1
+    return [*state[:own], known, *state[own + 1 :]]
 
 
 def mean_objective(setting: Setting, parameters: list[Tensor], latents: Tensor) -> float:
@@ -100,7 +71,7 @@ def envelope_gradient(
     ----------
     setting : Setting
     parameters : list of Tensor
-        See :func:`free_parameters`.
+        As `setting.loadings` has them.
     latents : Tensor of shape (n, K)
         Of all layers side by side.
     """
@@ -110,17 +81,14 @@ def envelope_gradient(
         objective, gradient = over_chunks(MapProblem.value_and_gradient, problem, matrix)
         gradients.append(gradient * (unit / given.total_weight))
         total += unit * _mean(given, objective, here)
-    if setting.convolution is None:
-        return gradients, total
-    (gradient,) = gradients
-    return [setting.convolution.pull(gradient[:, :-1]), gradient[:, -1]], total
+    return setting.loadings.gradients(gradients), total
 
 
 def _layers(
     setting: Setting, parameters: list[Tensor], latents: Tensor
 ) -> list[tuple[Setting, Tensor, Tensor, float]]:
     """Of each layer what is given, its parameters, its latents, and the unit of its objective."""
-    model = model_of(setting, parameters)
+    model = setting.loadings.model(parameters)
     parts = [one.contiguous() for one in split_layers(latents, model.upper)]
     units = [1.0, *(setting.alpha for _ in model.upper)]
     return list(zip(layer_settings(setting, parts), model.matrices(), parts, units, strict=True))
@@ -136,6 +104,7 @@ def solve_and_step(
     setting: Setting,
     parameters: list[Tensor],
     optimiser: torch.optim.Optimizer,
+    solver: LatentSolver,
     share: float = 1.0,
     **fixed_point,
 ) -> tuple[FixedPointResult, float]:
@@ -148,36 +117,33 @@ def solve_and_step(
     ----------
     setting : Setting
     parameters : list of Tensor
-        See :func:`free_parameters`.
+        As `setting.loadings` has them.
     optimiser : Optimizer
         Of the parameters.
+    solver : LatentSolver
     share : float
         Weight of the batch in units of the mean weight of all batches.
     **fixed_point
         Passed to :func:`~skdeq._latents.solve_latents`.
     """
     before = [one.clone() for one in parameters]
-    solution = solve_latents(
-        setting, *model_of(setting, before).parameters, rounded=True, **fixed_point
-    )
+    model = setting.loadings.model(before)
+    solution = solve_latents(setting, model, solver, rounded=True, **fixed_point)
     gradients, objective = envelope_gradient(setting, parameters, solution.value)
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
-    if setting.convolution is None:
-        shorten(setting.family, before[0][:, -1], (parameters[0], before[0]))
-    else:
-        pairs = list(zip(parameters, before, strict=True))
-        shorten(setting.family, before[1], pairs[1], shared=pairs[:1])
+    pairs, own = list(zip(parameters, before, strict=True)), setting.loadings.own
+    shorten(setting.family, model.intercept, pairs[own], shared=pairs[:own])
     hold(setting, parameters)
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
             if _is_inside(setting, parameters, solution.value):
                 break
-            for one, old in zip(parameters, before, strict=True):
+            for one, old in pairs:
                 one.copy_(torch.lerp(old, one, 0.5))
         else:
-            for one, old in zip(parameters, before, strict=True):
+            for one, old in pairs:
                 one.copy_(old)
     return solution, objective
 
@@ -216,7 +182,7 @@ def shorten(
 
 def _is_inside(setting: Setting, parameters: list[Tensor], latents: Tensor) -> bool:
     """Whether rows with these latents are in the domain, and rows that start from zero."""
-    at_zero = setting.family.log_partition(model_of(setting, parameters).intercept)
+    at_zero = setting.family.log_partition(setting.loadings.intercept(parameters))
     if not bool(torch.isfinite(at_zero).all()):
         return False
     return bool(np.isfinite(mean_objective(setting, parameters, latents)))

@@ -16,6 +16,7 @@ from skdeq._convolution import Convolution
 from skdeq._exposure import log_exposure
 from skdeq._hierarchy import HiddenLayer, has_one_solution, split_layers
 from skdeq._inside import predictors_inside
+from skdeq._latents import LatentSolver
 from skdeq._layer_checks import (
     check_input,
     check_numbers,
@@ -288,9 +289,8 @@ class EquilibriumLayer(nn.Module):
         return replace(result.to(self.loadings.dtype), layer_sizes=equilibrium.sizes)
 
     def _solved(self, equilibrium: Equilibrium, start: Tensor | None = None) -> FixedPointResult:
-        return equilibrium.solve(
-            start, method=self.fixed_point, tol=self.tol, max_iter=self.max_iter
-        )
+        solver = LatentSolver(self.fixed_point, self.tol, self.max_iter)
+        return equilibrium.solve(solver, start)
 
     def _equilibrium(self, x: Tensor) -> Equilibrium:
         """Equations of some rows."""

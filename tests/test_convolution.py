@@ -15,10 +15,11 @@ from skdeq import DEQClassifier, ExpFamilyDEQ
 from skdeq._convolution import Convolution
 from skdeq._data import to_observations
 from skdeq._fit import _working_residuals
-from skdeq._latents import solve_latents
-from skdeq._model import Setting
+from skdeq._latents import LatentSolver, solve_latents
+from skdeq._loadings import KernelLoadings
 from skdeq._observations import Observations
-from skdeq._stochastic import envelope_gradient, model_of
+from skdeq._setting import Setting
+from skdeq._stochastic import envelope_gradient
 from skdeq.families import get_family
 
 GEOMETRIES = [
@@ -122,12 +123,12 @@ def test_gradient_in_the_kernels_is_that_of_the_minimised_objective():
     convolution = Convolution((1, 6, 5), (3, 3), 2)
     rng = np.random.default_rng(0)
     X = torch.from_numpy(rng.poisson(1.0, size=(9, 30)).astype(float))
-    setting = Setting(get_family("poisson"), Observations(X), 1.2, 0.3, convolution=convolution)
+    free = KernelLoadings(convolution)
+    setting = Setting(get_family("poisson"), Observations(X), 1.2, 0.3, loadings=free)
     parameters = [torch.from_numpy(rng.normal(size=shape) / 2) for shape in ((2, 9), (30,))]
 
     def objective():
-        model = model_of(setting, parameters)
-        solved = solve_latents(setting, *model.parameters, method="newton", tol=1e-13, max_iter=99)
+        solved = solve_latents(setting, free.model(parameters), LatentSolver("newton", 1e-13, 99))
         return envelope_gradient(setting, parameters, solved.value)
 
     gradients, _ = objective()

@@ -7,7 +7,7 @@ from conftest import sample
 from numpy.testing import assert_allclose
 
 from skdeq import ExpFamilyDEQ
-from skdeq._rotation import _drawn_rows
+from skdeq._explained_deviance import _drawn_rows
 from skdeq.families import get_family
 
 
@@ -43,7 +43,7 @@ def test_shares_are_the_integrals_of_the_slope(exposure, gaps):
 def test_shares_of_many_entries_are_those_of_the_rows_drawn(monkeypatch):
     X = sample("poisson", n=600, p=20, k=3)
     X = X[np.argsort(X.sum(1))]  # the first rows are unlike the others
-    monkeypatch.setattr("skdeq._rotation._DEVIANCE_ENTRIES", 300 * 20)
+    monkeypatch.setattr("skdeq._explained_deviance._DEVIANCE_ENTRIES", 300 * 20)
     deq = ExpFamilyDEQ(3, family="poisson", random_state=0).fit(X)
     drawn = _drawn_rows(600, 300)
     # As many from each half as chance has it, which is within four standard deviations.

@@ -6,8 +6,9 @@ import torch
 from conftest import sample
 
 from skdeq._hessian_systems import solve_hessians
-from skdeq._model import Setting, row_problem
+from skdeq._latent_model import LatentModel
 from skdeq._observations import Observations
+from skdeq._setting import Setting, row_problem
 from skdeq.families import get_family
 from skdeq.nn import EquilibriumLayer
 
@@ -31,7 +32,7 @@ def problem_and_hessians(family, rank, alpha, gaps, n=12, p=70):
         torch.autograd.functional.hessian(lambda z, row=row: energy(z, *row), at)
         for at, *row in zip(latents, offset, missing, strict=True)
     ]
-    return row_problem(setting, loadings, intercept), latents, torch.stack(hessians)
+    return row_problem(setting, LatentModel(loadings, intercept)), latents, torch.stack(hessians)
 
 
 @pytest.mark.parametrize("family", ["bernoulli", "gaussian", "rademacher"])

@@ -13,9 +13,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
-from skdeq._latents import solve_latents
-from skdeq._model import LatentModel, Setting
+from skdeq._latent_model import LatentModel
+from skdeq._latents import LatentSolver, solve_latents
 from skdeq._observations import Observations
+from skdeq._setting import Setting
 from skdeq._stochastic import envelope_gradient
 from skdeq.families import Binomial, get_canonical_map, get_family
 from skdeq.nn import EquilibriumLayer
@@ -166,8 +167,8 @@ def test_envelope_gradient_is_that_of_the_minimised_objective(hidden_map):
     matrices = [torch.from_numpy(rng.normal(size=shape)) for shape in ((6, 5), (4, 4), (3, 3))]
 
     def solve(start=None):
-        model, how = LatentModel.of(matrices), {"method": "newton", "tol": 1e-10, "max_iter": 200}
-        solved = solve_latents(setting, *model.parameters, start=start, rounded=True, **how)
+        model, solver = LatentModel.of(matrices), LatentSolver("newton", 1e-10, 200)
+        solved = solve_latents(setting, model, solver, start=start, rounded=True)
         assert solved.converged.all()
         return solved.value
 

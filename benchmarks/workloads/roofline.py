@@ -16,9 +16,10 @@ from benchmarks import _common as common
 from benchmarks._figures import roofline
 from benchmarks._suite import Case, Settings, Trial, Workload
 from skdeq._chunks import map_chunks, parallel_chunks
+from skdeq._latent_model import LatentModel
 from skdeq._map_problem import MapProblem
-from skdeq._model import Setting, row_problem
 from skdeq._observations import Observations
+from skdeq._setting import Setting, row_problem
 from skdeq.families import get_family
 
 MEANS = {"poisson": torch.exp, "bernoulli": torch.sigmoid}
@@ -76,7 +77,8 @@ def make_problem(family: str, shape: Shape) -> tuple[MapProblem, torch.Tensor]:
     setting = Setting(law, Observations(X), alpha=1.0, weight_decay=0.03)
     bound = law.variance_bound
     curvature = None if shape.hessians else torch.full((shape.p,), bound or 1.0)
-    problem = row_problem(setting, loadings, intercept, curvature, bound is not None)
+    model = LatentModel(loadings, intercept)
+    problem = row_problem(setting, model, curvature, bound is not None)
     return problem, latents
 
 

@@ -1,25 +1,23 @@
-"""The model as the solvers see it: what is given, what is fitted, and its two halves."""
+"""What is given of a model, and the problems that its two halves are."""
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from skdeq._canonical import Identity
 from skdeq._chunks import map_chunks
-from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
-from skdeq._hierarchy import HiddenLayer, HierarchyProblem, layer_family, split_layers
+from skdeq._hierarchy import HierarchyProblem, layer_family
+from skdeq._latent_model import LatentModel
+from skdeq._loadings import FreeLoadings, Loadings, Pins
 from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
 from skdeq.fixed_point import newton
 
 __all__ = [
-    "LatentModel",
-    "Pins",
     "Setting",
     "column_problem",
     "hidden_setting",
@@ -32,84 +30,6 @@ __all__ = [
 
 # Share of the way from an end of the domain to the intercept of the model without latents.
 _MARGIN = 1e-3
-
-
-@dataclass
-class LatentModel:
-    """Parameters of the model and the training latents that go with them.
-
-    Attributes
-    ----------
-    loadings : Tensor of shape (p, k)
-    intercept : Tensor of shape (p,)
-    latents : Tensor of shape (n, k)
-        Of all layers side by side, from the data to the top, where there are several. None
-        where they are of no interest.
-    upper : tuple of HiddenLayer
-        The layers above the first.
-    """
-
-    loadings: Tensor
-    intercept: Tensor
-    latents: Tensor | Any
-    upper: tuple[HiddenLayer, ...] = ()
-
-    @classmethod
-    def of(cls, matrices: list[Tensor], latents: Tensor | None = None) -> "LatentModel":
-        """Model of loadings and intercept side by side (p, k + 1), one matrix for each layer."""
-        pairs = [(one[:, :-1].contiguous(), one[:, -1].clone()) for one in matrices]
-        upper = tuple(HiddenLayer(*pair) for pair in pairs[1:])
-        return cls(*pairs[0], latents, upper)
-
-    @property
-    def parameters(self) -> tuple[Tensor, Tensor, tuple[HiddenLayer, ...]]:
-        """Loadings, intercept and upper layers, as the solvers of latents take them."""
-        return self.loadings, self.intercept, self.upper
-
-    def matrices(self) -> list[Tensor]:
-        """Put loadings and intercept side by side, one matrix for each layer."""
-        layers: list[LatentModel | HiddenLayer] = [self, *self.upper]
-        return [torch.cat([one.loadings, one.intercept.unsqueeze(1)], dim=1) for one in layers]
-
-    @property
-    def bottom(self) -> "LatentModel":
-        """The layer next to the data as a model of its own."""
-        if not self.upper:
-            return self
-        first = split_layers(self.latents, self.upper)[0].contiguous()
-        return LatentModel(self.loadings, self.intercept, first)
-
-    def extrapolate(self, previous: "LatentModel", amount: float) -> "LatentModel":
-        """Go on from ``previous`` to this model and beyond by ``amount`` of the way."""
-
-        def beyond(new: Tensor, old: Tensor) -> Tensor:
-            return torch.add(new, new - old, alpha=amount)
-
-        return LatentModel(
-            beyond(self.loadings, previous.loadings),
-            beyond(self.intercept, previous.intercept),
-            beyond(self.latents, previous.latents),
-        )
-
-
-@dataclass(frozen=True)
-class Pins:
-    """Columns that a fit leaves alone: no loadings, and an intercept that is given.
-
-    Attributes
-    ----------
-    columns : Tensor of int, shape (m,)
-    intercept : Tensor of shape (m,), float64
-    """
-
-    columns: Tensor
-    intercept: Tensor
-
-    def hold_(self, intercept: Tensor, loadings: Tensor | None = None) -> None:
-        """Set the intercepts (p,) in place and, where they are free, the loadings (p, k)."""
-        intercept[self.columns] = self.intercept.to(intercept.dtype)
-        if loadings is not None:
-            loadings[self.columns] = 0
 
 
 @dataclass(frozen=True)
@@ -130,8 +50,8 @@ class Setting:
         Weighted sum of log h(x), the part of the log-likelihood that no parameter enters.
     hidden_map : CanonicalMap
         From the linear predictor of latents to their mean, where there are several layers.
-    convolution : Convolution or None
-        What makes the loadings from kernels, where they are not free.
+    loadings : FreeLoadings or KernelLoadings
+        What of the loadings is fitted.
     narrow : torch.dtype or None
         Type of the data, where it is not that in which they are worked on.
     pins : Pins or None
@@ -146,7 +66,7 @@ class Setting:
     row_offset: Tensor | None = None
     log_base: float = 0.0
     hidden_map: CanonicalMap = Identity()
-    convolution: Convolution | None = None
+    loadings: Loadings = FreeLoadings()
     narrow: torch.dtype | None = None
     pins: Pins | None = None
 
@@ -215,19 +135,18 @@ class Setting:
 
 def row_problem(
     setting: Setting,
-    loadings: Tensor,
-    intercept: Tensor,
+    model: LatentModel,
     curvature: Tensor | None = None,
     shared_map: bool = False,
 ) -> MapProblem:
-    """Latents of every row given the loadings."""
-    penalty = loadings.new_full((loadings.shape[1],), setting.alpha)
+    """Latents of every row in the first layer, given its loadings."""
+    penalty = model.loadings.new_full((model.loadings.shape[1],), setting.alpha)
     return MapProblem(
         setting.family,
-        loadings,
+        model.loadings,
         setting.observations,
         penalty,
-        offset=intercept,
+        offset=model.intercept,
         row_offset=setting.row_offset,
         curvature=curvature,
         shared_map=shared_map,
@@ -236,17 +155,15 @@ def row_problem(
 
 def latent_problem(
     setting: Setting,
-    loadings: Tensor,
-    intercept: Tensor,
-    upper: tuple[HiddenLayer, ...] = (),
+    model: LatentModel,
     curvature: Tensor | None = None,
     shared_map: bool = False,
 ) -> MapProblem | HierarchyProblem:
     """Latents of every row in all layers, given their loadings."""
-    bottom = row_problem(setting, loadings, intercept, curvature, shared_map)
-    if not upper:
+    bottom = row_problem(setting, model, curvature, shared_map)
+    if not model.upper:
         return bottom
-    return HierarchyProblem(bottom, upper, setting.hidden_map, setting.alpha)
+    return HierarchyProblem(bottom, model.upper, setting.hidden_map, setting.alpha)
 
 
 def layer_settings(setting: Setting, layers: list[Tensor]) -> list[Setting]:

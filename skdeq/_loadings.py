@@ -1,0 +1,111 @@
+"""What is free in a model: all loadings, or the kernels of which they are made.
+
+Whatever fits a model by its gradient moves a list of tensors, and asks here what they are.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from skdeq._convolution import Convolution
+from skdeq._latent_model import LatentModel
+
+__all__ = ["FreeLoadings", "KernelLoadings", "Loadings", "Pins"]
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Columns that a fit leaves alone: no loadings, and an intercept that is given.
+
+    Attributes
+    ----------
+    columns : Tensor of int, shape (m,)
+    intercept : Tensor of shape (m,), float64
+    """
+
+    columns: Tensor
+    intercept: Tensor
+
+    def hold_(self, intercept: Tensor, loadings: Tensor | None = None) -> None:
+        """Set the intercepts (p,) in place and, where they are free, the loadings (p, k)."""
+        intercept[self.columns] = self.intercept.to(intercept.dtype)
+        if loadings is not None:
+            loadings[self.columns] = 0
+
+
+class FreeLoadings:
+    """Dense loadings, each entry of which is free, of one layer or of several.
+
+    The free parameters are loadings and intercept of each layer side by side (p, k + 1), from the
+    data to the top.
+    """
+
+    # Place, among the parameters, of those that each feature has to itself; those before serve
+    # all features, those after belong to the layers above.
+    own = 0
+
+    def __str__(self) -> str:
+        return "dense"
+
+    def parameters(self, model: LatentModel) -> list[Tensor]:
+        """Return what is free in a model, in memory of its own."""
+        return model.matrices()
+
+    def model(self, parameters: list[Tensor]) -> LatentModel:
+        """Make a model, still without latents, of its free parameters."""
+        return LatentModel.of(parameters)
+
+    def gradients(self, of_matrices: list[Tensor]) -> list[Tensor]:
+        """Gradients in the parameters from those in the matrices (p, k + 1) of all layers."""
+        return of_matrices
+
+    def intercept(self, parameters: list[Tensor]) -> Tensor:
+        """View of the intercepts (p,) next to the data."""
+        return parameters[0][:, -1]
+
+    def hold_(self, parameters: list[Tensor], pins: Pins) -> None:
+        """Take back, in place, what the parameters of columns that are not fitted have moved."""
+        pins.hold_(parameters[0][:, -1], parameters[0][:, :-1])
+
+
+@dataclass(frozen=True)
+class KernelLoadings:
+    """Loadings that are a convolution with kernels.
+
+    The free parameters are the kernels (K, weights) and the intercept (p,).
+
+    Parameters
+    ----------
+    convolution : Convolution
+    """
+
+    convolution: Convolution
+    own = 1
+
+    def __str__(self) -> str:
+        return str(self.convolution)
+
+    def parameters(self, model: LatentModel) -> list[Tensor]:
+        """Return what is free in a model, in memory of its own."""
+        return [self.convolution.kernels(model.loadings), model.intercept.clone()]
+
+    def model(self, parameters: list[Tensor]) -> LatentModel:
+        """Make a model, still without latents, of its free parameters."""
+        kernels, intercept = parameters
+        return LatentModel(self.convolution.matrix(kernels), intercept.clone())
+
+    def gradients(self, of_matrices: list[Tensor]) -> list[Tensor]:
+        """Gradients in the parameters from that in the matrix (p, k + 1) of the one layer."""
+        (of_matrix,) = of_matrices
+        return [self.convolution.pull(of_matrix[:, :-1]), of_matrix[:, -1]]
+
+    def intercept(self, parameters: list[Tensor]) -> Tensor:
+        """View of the intercepts (p,)."""
+        return parameters[1]
+
+    def hold_(self, parameters: list[Tensor], pins: Pins) -> None:
+        """Take back, in place, what the intercepts that are not fitted have moved."""
+        pins.hold_(parameters[1])
+
+
+Loadings = FreeLoadings | KernelLoadings
