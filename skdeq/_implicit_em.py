@@ -312,7 +312,7 @@ class ImplicitEMEncoder(
             dtype = numpy_dtype(X)
             trainer = self._trainer(rows, device, preconditioner, start, dtype)
 
-            def store(estimator, trace: EncoderTrace) -> None:
+            def store(estimator: ImplicitEMEncoder, trace: EncoderTrace) -> None:
                 estimator._store(rows, weight, preconditioner, trainer, trace, dtype)
                 estimator._n_batches = 0
 

@@ -195,7 +195,7 @@ class Observations:
     def take(self, index: Tensor) -> "Observations":
         """Return some rows, in the order given."""
 
-        def rows(part):
+        def rows(part: Tensor | CompressedRows) -> Tensor | CompressedRows | Any:
             return part.take(index) if isinstance(part, CompressedRows) else part[index]
 
         return Observations(

@@ -149,6 +149,12 @@ class Scoring:
     loss_curve: list[float] = field(default_factory=list)
     n_iter: int = 0
     converged: bool = False
+    # Whether every row has a Hessian of its own.
+    exact: bool = field(default=True, init=False)
+    # Share of the bound of the variance that stands for the curvature of all rows.
+    _share: float = field(default=_FIRST_SHARE, init=False)
+    # Of every row's latents, where a step of Newton's method makes it known.
+    _residual: Tensor | None = field(default=None, init=False)
 
     def begin(self, model: LatentModel) -> LatentModel:
         """First loadings for latents of a start: one safeguarded Newton step from zero.
@@ -160,7 +166,7 @@ class Scoring:
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor):
+        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
             objective, gradient = part.value_and_gradient(point, rows)
             direction = -part.shaped_step(gradient, rows)
             every = torch.ones_like(rows, dtype=torch.bool)
@@ -196,9 +202,7 @@ class Scoring:
         previous, momentum, quiet, refused = model, 1.0, 0, 0
         domain = self.setting.family.domain
         accepted: LatentModel | Any = None
-        self._share = _FIRST_SHARE
-        # Of every row's latents, where a step of Newton's method makes it known.
-        self._residual: Tensor | None = None
+        self._share, self._residual = _FIRST_SHARE, None
         for iteration in range(1, self.max_iter + 1):
             self.progress.begin()
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
@@ -341,7 +345,7 @@ class Scoring:
         """One Newton step in every row; also the objectives at the start."""
         tol = 8 * torch.finfo(start.dtype).eps
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor):
+        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
             return newton_step(part, point, rows, tol)
 
         solution, objective, residual = over_chunks(step, problem, start)
@@ -354,7 +358,7 @@ class Scoring:
     ) -> tuple[Tensor, Tensor]:
         """One step with one curvature for all rows; with all of its bound, none can fail."""
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor):
+        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
             if side == "columns":
                 # The objective is known from the other half, and the logarithms are dear.
                 objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)

@@ -5,6 +5,7 @@ derivative of the latents: they minimise the very term that depends on them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ def solve_and_step(
     optimiser: torch.optim.Optimizer,
     solver: LatentSolver,
     share: float = 1.0,
-    **fixed_point,
+    **fixed_point: Any,
 ) -> tuple[FixedPointResult, float]:
     """Solve the latents of a batch and move ``parameters`` by one step.
 
