@@ -12,7 +12,6 @@ feature. Both halves of the alternation are therefore one piece of code.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,22 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks, tile_entries
+from skdeq._chunks import map_chunks
+from skdeq._design import Design
 from skdeq._family import Family
 from skdeq._fixed_point_problem import certified_residual, scaled_residual, usable_hessian
-from skdeq._map_geometry import CurvatureMap, OuterProducts
+from skdeq._map_geometry import CurvatureMap
 from skdeq._observations import Observations
 
 __all__ = ["MapProblem", "over_chunks"]
 
-_LEAST_ROWS, _MOST_ROWS = 1024, 16384
-# Entries of the Hessians of a chunk, and of the products of pairs of columns of the design: with
-# up to 50 unknowns no fewer rows than else.
-_HESSIAN_ENTRIES = 2**24
-# Chunks that a problem is cut into at least, so that threads can share it, unless they would have
-# fewer entries than it takes to keep a thread from waiting for Python.
-_LEAST_CHUNKS = 4
-_LEAST_ENTRIES = 2**18
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
@@ -102,28 +94,19 @@ class MapProblem:
         self.observations = observations
         self.penalty = penalty
         self.row_offset = row_offset
-        self.weight = weight
         self.r = design.shape[1]
         self.n_rows = observations.shape[0]
         self._bounds = (0, self.n_rows)
-        self._tile = tile_entries(design)
         self._size = design.new_zeros(self.n_rows)
         self._size_at: Tensor | None = None
-        ones = torch.ones_like(design[:, :1].T)
-        extra = [] if offset is None else [offset.unsqueeze(0)]
-        if row_offset is not None:
-            extra.append(ones)
-        # Rows, not columns: a product with few rows of long contiguous memory is several times
-        # faster than one with few columns. The offsets ride along as two further rows.
-        both = torch.cat([ones, design.T, *extra])
+        self._design = Design(design, offset, weight, row_offset is not None)
         self._has_offset = offset is not None
         self.projection = design.new_zeros(self.n_rows, self.r)
         # The part of sum_j T(x_j) eta_j that does not depend on z.
         self.constant = design.new_zeros(self.n_rows, dtype=torch.float64)
         if family.is_canonical:
             # T(x) enters the problem through this product alone.
-            weighted = both[1:] if weight is None else both[1:] * weight
-            projected = observations @ weighted.T
+            projected = observations @ self._design.weighted().T
             self.projection = projected[:, : self.r].contiguous()
             if offset is not None:
                 self.constant += projected[:, self.r]
@@ -135,51 +118,28 @@ class MapProblem:
             moved = (design != 0).any(1)
             if 0 < int(moved.sum()) < len(moved):
                 self.constant -= family.log_partition(offset[~moved].double()).sum()
-                both, design, offset = both[:, moved], design[moved], offset[moved]
+                self._design = Design(design[moved], offset[moved], None, False)
                 curvature = curvature if curvature is None else curvature[moved]
-        self.design, self.q = design, len(design)
-        self._expand, self._collect = both[1:], both[: self.r + 1]
-        if weight is not None:
-            self._collect = self._collect * weight
-        square = design.square().sum(1)
-        self._square = self._collect[0] * square
-        longest = square.max() if len(square) else square.sum()
-        furthest = square.new_zeros(()) if offset is None or not self.q else offset.abs().max()
-        # Read together: each of them makes the host wait for the device.
-        numbers = torch.stack([self._collect[0].sum(), self._square.sum(), longest, furthest])
-        self._terms, spread, longest, self._furthest = numbers.tolist()
-        # A row whose entries have no variance left (an all-zero column of counts whose intercept
-        # tends to minus infinity) counts as solved instead of being chased for ever.
-        self._least = spread / self.r * torch.finfo(design.dtype).eps
-        self._longest = math.sqrt(longest)
-        self._outer = OuterProducts(self._collect[1:], self._expand[: self.r], _HESSIAN_ENTRIES)
         self.scale_is_bounded = family.variance_bound is not None
         self._map = None
         if curvature is not None:
-            variance = curvature * self._collect[0]
+            variance = curvature * self._design.collect[0]
             self._map = CurvatureMap(
-                design, variance, penalty, None if shared_map else self.n_rows
+                self.design, variance, penalty, None if shared_map else self.n_rows
             )
 
-    def tile_columns(self, rows: int) -> int:
-        """Return how many features a tile of so many rows has, so that it stays in the cache."""
-        return max(1, min(self.q, max(64, self._tile // max(rows, 1))))
+    @property
+    def design(self) -> Tensor:
+        """Design matrix, without entries that no unknown moves."""
+        return self._design.matrix
 
     def chunk_rows(self) -> int:
-        """Rows to be worked on at a time; a matter of the shape and device, not of the threads."""
-        n, q = self.n_rows, self.q
-        if self.design.device.type != "cpu":
-            # A card has no cache to stay in and no threads to share with, only its memory.
-            return max(1, min(n, self._tile // max(q, self.r**2)))
-        rows = min(max(_LEAST_ROWS, self._tile // q), _MOST_ROWS)
-        chunks = max(-(-n // rows), min(_LEAST_CHUNKS, -(-n * q // _LEAST_ENTRIES)), 1)
-        return max(1, -(-n // chunks))
+        """Rows to be worked on at a time."""
+        return self._design.chunk_rows(self.n_rows)
 
     def hessian_rows(self) -> int:
         """Rows whose Hessians are to be held at a time."""
-        if self.design.device.type != "cpu":
-            return self.chunk_rows()
-        return max(1, min(self.chunk_rows(), _HESSIAN_ENTRIES // self.r**2))
+        return self._design.hessian_rows(self.n_rows)
 
     def chunk(self, start: int, stop: int) -> "MapProblem":
         """Return the problem of the rows ``start:stop``, sharing the design."""
@@ -268,28 +228,29 @@ class MapProblem:
     ) -> _Sums:
         """Sum over the entries of each row what is asked for, tile by tile."""
         expanded = self._predictors(z, rows)
-        width = self.tile_columns(len(z))
+        design = self._design
+        width = design.tile_columns(len(z))
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)
-        weighted = self.weight is not None or missing is not None
+        weighted = design.weight is not None or missing is not None
         canonical = self.family.is_canonical
         statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
         if hessian:
-            width = self._outer.tile_columns(width)
+            width = design.outer.tile_columns(width)
         total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
         slope: Tensor | Any = z.new_zeros(self.r, len(z)) if gradient else None
-        bend: Tensor | Any = z.new_zeros(self._outer.pairs, len(z)) if hessian else None
+        bend: Tensor | Any = z.new_zeros(design.outer.pairs, len(z)) if hessian else None
         size: Tensor | Any = z.new_zeros(len(z)) if curvature else None
         buffer = z.new_empty(len(z), width)
-        for start in range(0, self.q, width):
-            stop = min(start + width, self.q)
+        for start in range(0, design.q, width):
+            stop = min(start + width, design.q)
             eta = (
                 buffer[:, : stop - start]
                 if stop - start == buffer.shape[1]
                 else z.new_empty(len(z), stop - start)
             )
-            torch.mm(expanded, self._expand[:, start:stop], out=eta)
+            torch.mm(expanded, design.expand[:, start:stop], out=eta)
             log_partition = None
             if canonical and objective and not weighted:
                 sums, mean, variance = self.family.summed_statistics_(
@@ -309,15 +270,15 @@ class MapProblem:
                 for one in (log_partition, mean, variance):
                     if one is not None:
                         one.masked_fill_(gaps, 0)
-            collect = self._collect[:, start:stop]
+            collect = design.collect[:, start:stop]
             if objective and log_partition is not None:
                 total += torch.mv(log_partition, collect[0])
             if gradient:
                 slope.addmm_(collect[1:], mean.T)
             if hessian:
-                bend.addmm_(self._outer.of(slice(start, stop)), variance.T)
+                bend.addmm_(design.outer.of(slice(start, stop)), variance.T)
             if curvature:
-                size += torch.mv(variance, self._square[start:stop])
+                size += torch.mv(variance, design.square[start:stop])
         return _Sums(total, slope, bend, size)
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
@@ -337,15 +298,18 @@ class MapProblem:
         # Of the sums that make it up, which may cancel.
         sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
         # An exponential turns the absolute error of a predictor into a relative one.
-        predictor = z.norm(dim=1) * self._longest + self._furthest
-        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + self._terms)
+        predictor = z.norm(dim=1) * self._design.longest + self._design.furthest
+        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + self._design.total_weight)
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)
         return gradient.sub_(self._of(self.projection, rows))
 
     def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
-        curvature = (curvature / self.r).clamp_min(self._least)
+        # A row whose entries have no variance left (an all-zero column of counts whose intercept
+        # tends to minus infinity) counts as solved instead of being chased for ever.
+        least = self._design.spread * torch.finfo(z.dtype).eps
+        curvature = curvature.clamp_min(least) / self.r
         return scaled_residual(gradient, z, self.penalty.mean() + curvature)
 
     def _adapt(self, rows: Tensor, size: Tensor) -> None:
@@ -393,7 +357,7 @@ class MapProblem:
         if constant is None or at is None:
             return None
         moved = (z - at[rows]).square_().sum(1).sqrt_()
-        return self._size[rows] * moved.mul_(-constant * self._longest).exp_()
+        return self._size[rows] * moved.mul_(-constant * self._design.longest).exp_()
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
@@ -405,11 +369,11 @@ class MapProblem:
 
     def variance(self, z: Tensor, rows: Tensor) -> Tensor:
         """A''(eta) times the weights of the entries of each row (m, q), zero in its gaps."""
-        eta = self._predictors(z, rows) @ self._expand
+        eta = self._predictors(z, rows) @ self._design.expand
         variance: Tensor | Any = self.family.statistics_(eta, variance=True)[2]
         if self._missing is not None:
             variance = variance.masked_fill(self._of(self._missing, rows), 0)
-        return variance * self._collect[0]
+        return variance * self._design.collect[0]
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
         """Gradient of each row and nothing else."""
@@ -434,7 +398,7 @@ class MapProblem:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, expected Hessian and scaled residual of each row."""
         sums = self._accumulate(z, rows, objective=True, gradient=True, hessian=True)
-        hessian = self._outer.symmetric(sums.bend)
+        hessian = self._design.outer.symmetric(sums.bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         gradient = self._gradient(sums.slope, z, rows)
@@ -444,7 +408,7 @@ class MapProblem:
     def observed_hessian(self, z: Tensor, rows: Tensor) -> Tensor:
         """Hessian of each row with the curvature of the canonical map in it."""
         sums = self._accumulate(z, rows, hessian=True, observed=True)
-        hessian = self._outer.symmetric(sums.bend)
+        hessian = self._design.outer.symmetric(sums.bend)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)
         return hessian
 
@@ -463,7 +427,7 @@ class MapProblem:
         constant = self.family.self_concordance
         if constant is None:
             return torch.zeros(len(step), dtype=torch.bool, device=step.device)
-        return constant * step.norm(dim=1) * self._longest <= _SAFE_MOVE
+        return constant * step.norm(dim=1) * self._design.longest <= _SAFE_MOVE
 
 
 def over_chunks(

@@ -13,9 +13,9 @@ import skdeq._encoder_fit as encoder_fit
 import skdeq._precondition as precondition
 from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
 from skdeq._chunks import map_chunks, parallel_chunks, working_entries
+from skdeq._design import Design
 from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
-from skdeq.families import get_family
 
 # Only its name is looked at here; everything is computed on the CPU.
 CARD = torch.device("cuda")
@@ -191,16 +191,12 @@ class TestMemoryOfACard:
         assert entries() == 2**24
 
     def test_rows_of_a_problem(self):
-        observations = Observations(torch.zeros(100, 10, dtype=torch.float64))
-
         def rows(free, n, q, r):
-            problem = MapProblem(
-                get_family("gaussian"), torch.ones(10, 2).double(), observations, torch.ones(2)
-            )
-            problem.design = SimpleNamespace(device=CARD)
-            problem._tile = working_entries(CARD, 2**26, 2**20, 8)
-            problem.n_rows, problem.q, problem.r = n, q, r
-            return problem.chunk_rows()
+            design = Design(torch.ones(10, 2, dtype=torch.float64), None, None, False)
+            design.matrix = SimpleNamespace(device=CARD)
+            design._tile = working_entries(CARD, 2**26, 2**20, 8)
+            design.q, design.r = q, r
+            return design.chunk_rows(n)
 
         assert rows(self.free, 10**6, 1000, 2) == 2**26 // 1000
         assert rows(self.free, 500, 1000, 2) == 500

@@ -178,7 +178,7 @@ def test_shared_curvature_changes_the_path_not_the_solution(name):
 def test_derivatives_match_autograd(name):
     problem = make_problem(name, n=5)
     family = problem.family
-    design, offset = problem.design, problem._expand[problem.r]
+    design, offset = problem.design, problem._design.expand[problem.r]
     X = problem.observations.values
     z = 0.1 * torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -223,7 +223,7 @@ def test_entries_without_loadings_only_add_to_the_objective(name, curvature):
         )
         for design in (loadings, kept)
     ]
-    assert [problem.q for problem in problems] == [7, 9]
+    assert [len(problem.design) for problem in problems] == [7, 9]
     z = 0.3 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
     rows = torch.arange(20)
     for one, other in zip(*(problem.derivatives(z, rows) for problem in problems), strict=True):
@@ -235,11 +235,11 @@ def test_entries_without_loadings_only_add_to_the_objective(name, curvature):
 def test_fixed_point_of_the_equilibrium_layer():
     problem = make_problem("bernoulli", alpha=2.0)
     z = newton(problem, zeros(problem), tol=1e-13, max_iter=50).value
-    mean = Bernoulli().mean(z @ problem.design.T + problem._expand[2])
+    mean = Bernoulli().mean(z @ problem.design.T + problem._design.expand[2])
     layer = (problem.observations.values - mean) @ problem.design / 2.0
     torch.testing.assert_close(z, layer, rtol=0, atol=1e-12)
     step = problem.step(problem.gradient(z + 0.1, every(problem))[0], every(problem))
-    mean = Bernoulli().mean((z + 0.1) @ problem.design.T + problem._expand[2])
+    mean = Bernoulli().mean((z + 0.1) @ problem.design.T + problem._design.expand[2])
     layer = (problem.observations.values - mean) @ problem.design / 2.0
     torch.testing.assert_close(z + 0.1 + step, layer, rtol=0, atol=1e-12)
 
@@ -308,20 +308,20 @@ def test_missing_and_sparse_observations_give_the_same_problem():
 
 def test_tiles_do_not_change_the_result(monkeypatch):
     import skdeq._chunks
-    import skdeq._map_problem
+    import skdeq._design
 
     problem = make_problem("poisson", p=200)
     rows = every(problem)
     z = 0.1 * torch.ones(30, 2, dtype=torch.float64)
     whole = problem.derivatives(z, rows)
-    assert problem.tile_columns(30) == 200
+    assert problem._design.tile_columns(30) == 200
     monkeypatch.setattr(skdeq._chunks, "_TILE_ENTRIES", 64 * 30)
     tiled = make_problem("poisson", p=200)
-    assert tiled.tile_columns(30) == 64
+    assert tiled._design.tile_columns(30) == 64
     for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     # Nor does it matter whether the products of pairs of loadings are kept.
-    monkeypatch.setattr(skdeq._map_problem, "_HESSIAN_ENTRIES", 100)
+    monkeypatch.setattr(skdeq._design, "_HESSIAN_ENTRIES", 100)
     tiled = make_problem("poisson", p=200)
     for one, two in zip(tiled.derivatives(z, rows), whole, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)

@@ -133,7 +133,7 @@ def summed_rate(make_task, amount: float) -> float:
 def tile_shape(problem: MapProblem) -> tuple[int, int]:
     """Return the rows and columns of the tiles of a pass."""
     rows = min(problem.chunk_rows(), problem.n_rows)
-    return rows, problem.tile_columns(rows)
+    return rows, problem._design.tile_columns(rows)
 
 
 def tile_rates(problem: MapProblem, family: str) -> tuple[float, float]:
