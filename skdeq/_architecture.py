@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from skdeq.families import CANONICAL_MAPS, FAMILIES, CanonicalMap, Family, Identity
+from skdeq.families import CANONICAL_MAPS, FAMILIES, CanonicalMap, Family, Identity, LogLink
 
 __all__ = ["Architecture", "correspondence_table", "describe"]
 
@@ -105,6 +105,7 @@ def describe(
     >>> describe(Gaussian(), ReLU()).activation
     'max(zeta, 0)'
     """
+    of_family = canonical_map.of(family)
     hidden = ("", "")
     if hidden_map is not None and hidden_layer_sizes:
         hidden = hidden_map.formula, hidden_map.derivative_formula
@@ -113,9 +114,9 @@ def describe(
         canonical_map=repr(canonical_map),
         sufficient_statistic=family.sufficient_formula,
         log_partition=family.log_partition_formula.format(eta="eta"),
-        canonical_parameter=canonical_map.formula,
-        activation=family.mean_formula.format(eta=canonical_map.formula),
-        mask=canonical_map.derivative_formula,
+        canonical_parameter=of_family.formula,
+        activation=family.mean_formula.format(eta=of_family.formula),
+        mask=of_family.derivative_formula,
         loadings=loadings,
         hidden_layer_sizes=hidden_layer_sizes,
         hidden_activation=hidden[0],
@@ -124,12 +125,17 @@ def describe(
 
 
 def correspondence_table() -> str:
-    """Return every family with the identity, and the Gaussian with every other map, as reST."""
+    """Return families with the identity and the log link, the Gaussian with all maps, as reST."""
     pairs: list[tuple[Family, CanonicalMap]] = [
         (family(), Identity()) for family in FAMILIES.values()
     ]
     gaussian = FAMILIES["gaussian"]()
     pairs += [(gaussian, law()) for name, law in CANONICAL_MAPS.items() if name != "identity"]
+    pairs += [
+        (law(), LogLink())
+        for law in FAMILIES.values()
+        if law().log_link() not in (None, Identity())
+    ]
     lines = [
         ".. list-table:: From statistics to architecture",
         "   :header-rows: 1",

@@ -217,9 +217,52 @@ class Tanh(CanonicalMap):
         return torch.atanh(eta.clamp(-most, most))
 
 
+class LogLink(CanonicalMap):
+    """The map for which the mean is ``exp(zeta)``, so that effects multiply it.
+
+    For counts and positive amounts: the identity of the Poisson family, and what takes its place
+    for overdispersed counts and for amounts. The problem of a row is convex, the linear predictor
+    has no end, and ``exposure`` may be used; of amounts the unit does not matter but for the
+    intercept. Which map it is the family says, see :meth:`Family.log_link`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skdeq.families import LogLink, NegativeBinomial
+    >>> family = NegativeBinomial(dispersion=0.5)
+    >>> eta = LogLink().of(family).value(torch.tensor([0.0, 3.0]))
+    >>> family.mean(eta).log()
+    tensor([0., 3.])
+    """
+
+    def of(self, family: Family) -> CanonicalMap:
+        """Return the log link of a family.
+
+        Raises
+        ------
+        ValueError
+            For a family that has none.
+        """
+        link = family.log_link()
+        if link is None:
+            raise ValueError(
+                f"canonical_map='log' is for positive means of any size: 'poisson', "
+                "'negative_binomial', 'gamma' and families of your own that define log_link; "
+                f"family {family.name!r} has no log link."
+            )
+        return link
+
+    def value(self, zeta: Tensor) -> Tensor:
+        """Not known before the family is."""
+        raise TypeError("The log link depends on the family: LogLink().of(family) is a map.")
+
+    derivative = value
+
+
 def through(family: Family, canonical_map: CanonicalMap) -> Family:
     """Return the family as a function of the linear predictor."""
-    return family if canonical_map == Identity() else MappedFamily(family, canonical_map)
+    of_family = canonical_map.of(family)
+    return family if of_family == Identity() else MappedFamily(family, of_family)
 
 
 def _preimage(domain: Interval, canonical_map: CanonicalMap) -> Interval:
@@ -269,6 +312,16 @@ class MappedFamily(Family):
 
     def _parameters(self) -> tuple:
         return ("base", self._base), ("canonical_map", self.canonical_map)
+
+    @property
+    def is_convex(self) -> bool:  # type: ignore[override]
+        """Whether the energy of every observation is convex in zeta."""
+        return self.canonical_map.is_convex
+
+    @property
+    def scales_with_exposure(self) -> bool:  # type: ignore[override]
+        """Whether adding o to zeta multiplies the mean by exp(o)."""
+        return self.canonical_map.scales_with_exposure
 
     @property
     def base(self) -> Family:

@@ -85,9 +85,9 @@ def end_columns(X: Any, setting: Setting) -> EndColumns:
     """Find the columns of validated data that are at an end of the support."""
     family = setting.family.exact
     found = [EndColumns(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))]
-    # A map keeps the canonical parameter from its end; and where the density has no bound there,
+    # Most maps keep the canonical parameter from its end; where the density has no bound there,
     # no intercept would be better than another.
-    if family.is_canonical and not family.base.unbounded_at:
+    if family.is_convex and not family.base.unbounded_at:
         for end in (family.support.low, family.support.high):
             infinite = torch.isinf(family.link(_statistics(family, np.array([end]))))
             if not (np.isfinite(end) and bool(infinite.all())):

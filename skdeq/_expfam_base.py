@@ -62,6 +62,7 @@ def _may_be_endless(family: Family) -> bool:
     Where the density grows without bound at an end of the support, finite ones may be large.
     """
     is_curved = family.is_canonical and bool(family.self_concordance)
+    is_curved |= family.scales_with_exposure
     return is_curved and family.domain.is_real_line and not family.unbounded_at
 
 

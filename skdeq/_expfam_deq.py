@@ -31,6 +31,7 @@ from skdeq._validation import check_codes
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
+    LINKS,
     CanonicalMap,
     Family,
     get_canonical_map,
@@ -94,11 +95,14 @@ class ExpFamilyDEQ(
         "rademacher", or an object such as ``Binomial(n_trials=16)`` from
         :mod:`skdeq.families` or of your own.
 
-    canonical_map : {"identity", "relu", "softplus", "tanh"} or CanonicalMap, default="identity"
+    canonical_map : {"identity", "log", "relu", "softplus", "tanh"} or CanonicalMap, \
+            default="identity"
         Map R from the linear predictor to the canonical parameter; its range must meet the
-        domain of the family. :class:`~skdeq.families.ReLU` takes an option for the mask of the
-        layer. With any but "identity" a row may have several solutions; the one reported is
-        what Newton's method finds from zero.
+        domain of the family. "log" is the log link of counts and positive amounts, for which the
+        mean is the exponential of the linear predictor. :class:`~skdeq.families.ReLU` takes an
+        option for the mask of the layer. With "relu", "softplus", "tanh" and most maps of your
+        own a row may have several solutions; the one reported is what Newton's method finds from
+        zero.
 
     hidden_layer_sizes : tuple of int, default=()
         Sizes of the latent layers between the data and the top one, which has `n_components`;
@@ -139,9 +143,10 @@ class ExpFamilyDEQ(
         about ``(1 + sqrt(n_features / n_samples))**2`` times, keeps noise out of the loadings.
 
     exposure : {"total"} or None, default=None
-        With "total" (Poisson), the offset of a row is ``log(row total / mean training row
-        total)``, computed from the row itself in `fit` and in `transform`. As the total is taken
-        as given, `score` compares models with the same exposure only.
+        With "total" (Poisson, or a family through its log link), the offset of a row is
+        ``log(row total / mean training row total)``, computed from the row itself in `fit` and in
+        `transform`. As the total is taken as given, `score` compares models with the same
+        exposure only.
 
     whiten : bool, default=False
         If False, `transform` returns scores in an orthonormal basis, in order of decreasing
@@ -269,7 +274,7 @@ class ExpFamilyDEQ(
     _parameter_constraints = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "family": [str, Family],
-        "canonical_map": [StrOptions(set(CANONICAL_MAPS)), CanonicalMap],
+        "canonical_map": [StrOptions({*CANONICAL_MAPS, *LINKS}), CanonicalMap],
         "hidden_layer_sizes": ["array-like"],
         # Not objects: the solvers of hierarchies take it that slopes are at most one.
         "hidden_map": [StrOptions(set(CANONICAL_MAPS))],
@@ -471,7 +476,7 @@ class ExpFamilyDEQ(
     def _natural_parameters(self, Z: VectorLike) -> torch.Tensor:
         check_is_fitted(self)
         codes = check_codes(Z, self._n_features_out, "Z")
-        return get_canonical_map(self.canonical_map).value(self._predictors(codes))
+        return self._family().exact.canonical(self._predictors(codes))
 
     def inverse_transform(self, Z: VectorLike) -> Output:
         """Mean of the observations at unit exposure, a denoised X.

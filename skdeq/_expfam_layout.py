@@ -85,9 +85,10 @@ class LatentLayout(BaseEstimator):
             raise ValueError(f"exposure must be 'total' or None; got {self.exposure!r}.")
         if self.exposure is not None and not family.scales_with_exposure:
             detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
+            advice = "" if family.base.log_link() is None else "; canonical_map='log' gives it one"
             raise ValueError(
                 f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
-                f"'poisson'; family {family.name!r}{detail} has no such offset."
+                f"'poisson'; family {family.name!r}{detail} has no such offset{advice}."
             )
         return family
 

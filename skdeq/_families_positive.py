@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._family import Family
+from ._canonical import Identity
+from ._family import CanonicalMap, Family
 from ._interval import Interval
 
 _NEGATIVE = Interval(-math.inf, 0, False, False)
@@ -98,6 +99,10 @@ class Poisson(Family):
         """Return ``-lgamma(x + 1)``."""
         return -torch.lgamma(x + 1)
 
+    def log_link(self) -> CanonicalMap:
+        """Return the identity: eta is the log of the mean."""
+        return Identity()
+
     def statistics_(
         self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
     ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
@@ -169,6 +174,10 @@ class NegativeBinomial(Family):
         """Return ``lgamma(x + r) - lgamma(r) - lgamma(x + 1)``."""
         return log_multiplicity(x + 1, torch.full_like(x, 1 / self.dispersion))
 
+    def log_link(self) -> CanonicalMap:
+        """Return ``-log(1 + r exp(-zeta))``."""
+        return _NegativeBinomialLog(self.dispersion)
+
     def statistics_(
         self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
     ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
@@ -237,6 +246,10 @@ class Gamma(Family):
         """Return ``(shape - 1) log x - lgamma(shape)``."""
         return torch.xlogy(self.shape - 1, x) - math.lgamma(self.shape)
 
+    def log_link(self) -> CanonicalMap:
+        """Return ``-shape exp(-zeta)``."""
+        return _GammaLog(self.shape)
+
     def statistics_(
         self, eta: Tensor, *, log_partition: bool = False, variance: bool = False
     ) -> tuple[Tensor | Any, Tensor, Tensor | Any]:
@@ -245,3 +258,91 @@ class Gamma(Family):
         a = rate.log().mul_(-self.shape) if log_partition else None
         mean = rate.reciprocal_().mul_(self.shape)
         return a, mean, mean.square().div_(self.shape) if variance else None
+
+
+class _NegativeBinomialLog(CanonicalMap):
+    """Log link of the negative binomial family.
+
+    With ``u = zeta + log(dispersion)`` the energy is ``(x + r) softplus(u) - x u`` and a constant:
+    that of a logistic regression, which overflows nowhere.
+    """
+
+    range = _NEGATIVE
+    formula, derivative_formula = "-log(1 + r exp(-zeta))", "r / (r + exp(zeta))"
+    is_convex = scales_with_exposure = True
+
+    def __init__(self, dispersion: float) -> None:
+        self.dispersion = dispersion
+
+    def _logit(self, zeta: Tensor) -> Tensor:
+        """Log-odds of mean against r."""
+        return zeta + math.log(self.dispersion)
+
+    def value(self, zeta: Tensor) -> Tensor:
+        """Return ``-log(1 + r exp(-zeta))``."""
+        logit = self._logit(zeta)
+        return -torch.logaddexp(-logit, torch.zeros_like(logit))
+
+    def derivative(self, zeta: Tensor) -> Tensor:
+        """Return ``r / (r + exp(zeta))``."""
+        return torch.sigmoid(-self._logit(zeta))
+
+    def second_derivative(self, zeta: Tensor) -> Tensor:
+        """Return minus the derivative of the logistic function."""
+        logit = self._logit(zeta)
+        return -torch.sigmoid(logit) * torch.sigmoid(-logit)
+
+    def inverse(self, eta: Tensor) -> Tensor:
+        """Return the log of the mean."""
+        return -torch.log(torch.expm1(-eta)) - math.log(self.dispersion)
+
+    def energy(
+        self, family: Family, zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute loss, slope and curvature with few passes over the entries."""
+        r, logit = 1 / self.dispersion, self._logit(zeta)
+        share, rest = torch.sigmoid(logit), torch.neg(logit).sigmoid_()
+        total = statistic + r
+        # softplus(u) = u - log sigmoid(u).
+        tiny = torch.finfo(share.dtype).tiny
+        loss = (r * logit).sub_(share.clamp_min(tiny).log_().mul_(total))
+        # Not (x + r) sigmoid(u) - x, whose digits a large x would take.
+        slope = (r * share).sub_(statistic * rest)
+        return loss, slope, (share * rest).mul_(total) if observed else r * share
+
+
+class _GammaLog(CanonicalMap):
+    """Log link of the gamma family."""
+
+    range = _NEGATIVE
+    formula, derivative_formula = "-shape exp(-zeta)", "shape exp(-zeta)"
+    is_convex = scales_with_exposure = True
+
+    def __init__(self, shape: float) -> None:
+        self.shape = shape
+
+    def value(self, zeta: Tensor) -> Tensor:
+        """Return ``-shape exp(-zeta)``."""
+        return -self.shape * torch.exp(-zeta)
+
+    def derivative(self, zeta: Tensor) -> Tensor:
+        """Return ``shape exp(-zeta)``."""
+        return self.shape * torch.exp(-zeta)
+
+    def second_derivative(self, zeta: Tensor) -> Tensor:
+        """Return ``-shape exp(-zeta)``."""
+        return self.value(zeta)
+
+    def inverse(self, eta: Tensor) -> Tensor:
+        """Return the log of the mean."""
+        return math.log(self.shape) - torch.log(-eta)
+
+    def energy(
+        self, family: Family, zeta: Tensor, statistic: Tensor, *, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute loss, slope and curvature from one exponential."""
+        # x over the mean, times the shape.
+        relative = self.shape * statistic * torch.exp(-zeta)
+        loss = self.shape * (zeta - math.log(self.shape)) + relative
+        curvature = relative if observed else torch.full_like(zeta, self.shape)
+        return loss, self.shape - relative, curvature

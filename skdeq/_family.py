@@ -127,6 +127,8 @@ class Family(_EqualByParameters, ABC):
     variance_bound: float | None = None
     self_concordance: float | None = None
     is_canonical = True
+    # Whether the energy of every observation is convex in the linear predictor.
+    is_convex = True
     # For people: A and A' as text, with {eta} for the argument.
     log_partition_formula = "A({eta})"
     mean_formula = "A'({eta})"
@@ -138,6 +140,13 @@ class Family(_EqualByParameters, ABC):
     def sufficient_formula(self) -> str:
         """T(x) as text: x itself, unless a class has a statistic of its own."""
         return "x" if type(self).sufficient is Family.sufficient else "T(x)"
+
+    def log_link(self) -> "CanonicalMap | None":
+        """Return the map through which the mean is the exponential of the linear predictor.
+
+        None unless the family overrides it, as those of counts and positive amounts do.
+        """
+        return None
 
     @property
     def base(self) -> "Family":
@@ -285,13 +294,24 @@ class CanonicalMap(_EqualByParameters, ABC):
     ----------
     range : Interval
         Values that R takes; all reals by default.
+    is_convex : bool
+        Whether ``A(R(zeta)) - T(x) R(zeta)`` is convex in zeta for every observation of the family
+        that the map is for, so that the latents of a row are its one solution; False by default.
+    scales_with_exposure : bool
+        Whether adding o to zeta multiplies the mean by exp(o); False by default.
     """
 
     range: Interval = _REALS
+    is_convex: bool = False
+    scales_with_exposure: bool = False
     # For people: R and R' as text.
     formula = "R(zeta)"
     derivative_formula = "R'(zeta)"
     widths: tuple[float, ...] = ()
+
+    def of(self, family: Family) -> "CanonicalMap":
+        """Return the map for a family: this one, for most maps do not depend on it."""
+        return self
 
     def smoothed(self, width: float) -> "CanonicalMap":
         """Return the map with its kinks rounded off over a width: this one has none."""

@@ -70,7 +70,7 @@ def layer_family(hidden_map: CanonicalMap) -> Family:
 
 def has_one_solution(family: Family, upper: Sized) -> bool:
     """Whether the latents of a row are the one solution of a convex problem."""
-    return family.is_canonical and not len(upper)
+    return family.is_convex and not len(upper)
 
 
 def split_layers(latents: Tensor, upper: tuple[HiddenLayer, ...]) -> list[Tensor]:

@@ -98,7 +98,7 @@ def solve_latents(
         there: rows of a convex problem in which it is worse than zero then start from zero.
     start_map : Tensor of shape (k + 1, k), optional
         From :func:`fit_start_map`: where Newton's method and Anderson acceleration start without
-        ``start``, with four components or more in one layer of a canonical family. All else
+        ``start``, with four components or more in one layer whose rows have one solution. All else
         starts from zero, which is inside any domain.
     rounded : bool
         Whether the kinks of the maps are left as round as in training, which is what its steps
@@ -181,8 +181,8 @@ def _first_latents(
     start_map: Tensor | None,
 ) -> Tensor:
     """Where the rows start: as they are given, predicted, or at zero, which is in any domain."""
-    is_canonical = setting.family.is_canonical
-    convex = problem if isinstance(problem, MapProblem) and is_canonical else None
+    is_convex = setting.family.is_convex
+    convex = problem if isinstance(problem, MapProblem) and is_convex else None
     if start is not None:
         if check_start and convex is not None:
             return _checked_start(convex, start)

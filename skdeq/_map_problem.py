@@ -28,6 +28,8 @@ from skdeq._observations import Observations
 
 __all__ = ["MapProblem", "over_chunks"]
 
+# Arrays of the size of a tile that the energy of an entry takes through a map.
+_ENERGY_ARRAYS = 8
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
@@ -236,6 +238,8 @@ class MapProblem:
         weighted = design.weight is not None or missing is not None
         canonical = self.family.is_canonical
         statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
+        if not canonical:
+            width = max(1, width // _ENERGY_ARRAYS)
         if hessian:
             width = design.outer.tile_columns(width)
         total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
@@ -384,20 +388,26 @@ class MapProblem:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, Hessian and scaled residual of each row.
 
-        Through a canonical map the Hessian is the observed one where that is positive definite,
-        or if ``observed``; elsewhere, and for the residual, the expected one.
+        The Hessian is the observed one where the problem is convex or the Hessian is positive
+        definite anyway, or if ``observed``; elsewhere, and for the residual, the expected one.
         """
+        if self.family.is_convex:
+            return self.expected_derivatives(z, rows, observed=True)
         value, gradient, hessian, residual = self.expected_derivatives(z, rows)
-        if not self.family.is_canonical:
-            exact = self.observed_hessian(z, rows)
-            hessian = exact if observed else usable_hessian(exact, hessian)
+        exact = self.observed_hessian(z, rows)
+        hessian = exact if observed else usable_hessian(exact, hessian)
         return value, gradient, hessian, residual
 
     def expected_derivatives(
-        self, z: Tensor, rows: Tensor
+        self, z: Tensor, rows: Tensor, observed: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Objective, gradient, expected Hessian and scaled residual of each row."""
-        sums = self._accumulate(z, rows, objective=True, gradient=True, hessian=True)
+        """Objective, gradient, expected Hessian and scaled residual of each row.
+
+        The observed Hessian if ``observed``, of a canonical family the same.
+        """
+        sums = self._accumulate(
+            z, rows, objective=True, gradient=True, hessian=True, observed=observed
+        )
         hessian = self._design.outer.symmetric(sums.bend)
         size = hessian.diagonal(dim1=1, dim2=2).sum(1)
         hessian.diagonal(dim1=1, dim2=2).add_(self.penalty)

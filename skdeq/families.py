@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ._canonical import Identity, ReLU, Softplus, Tanh
+from ._canonical import Identity, LogLink, ReLU, Softplus, Tanh
 from ._families_bounded import Bernoulli, Binomial, ContinuousBernoulli, Gaussian, Rademacher
 from ._families_positive import Gamma, NegativeBinomial, Poisson
 from ._family import CanonicalMap, Family
@@ -18,6 +18,7 @@ from ._interval import Interval
 __all__ = [
     "CANONICAL_MAPS",
     "FAMILIES",
+    "LINKS",
     "Bernoulli",
     "Binomial",
     "CanonicalMap",
@@ -27,6 +28,7 @@ __all__ = [
     "Gaussian",
     "Identity",
     "Interval",
+    "LogLink",
     "NegativeBinomial",
     "Poisson",
     "Rademacher",
@@ -58,6 +60,9 @@ CANONICAL_MAPS: dict[str, type[CanonicalMap]] = {
     "softplus": Softplus,
     "tanh": Tanh,
 }
+
+# Those that depend on the family, and that not every family has.
+LINKS: dict[str, type[CanonicalMap]] = {"log": LogLink}
 
 
 _Kind = TypeVar("_Kind", Family, CanonicalMap)
@@ -113,7 +118,7 @@ def get_canonical_map(canonical_map: str | CanonicalMap) -> CanonicalMap:
     Parameters
     ----------
     canonical_map : str or CanonicalMap
-        A key of `CANONICAL_MAPS`, or a map object.
+        A key of `CANONICAL_MAPS`, "log" for the log link of a family, or a map object.
 
     Returns
     -------
@@ -126,4 +131,4 @@ def get_canonical_map(canonical_map: str | CanonicalMap) -> CanonicalMap:
     >>> get_canonical_map("identity")
     Identity()
     """
-    return _look_up(canonical_map, CanonicalMap, CANONICAL_MAPS, "canonical map")
+    return _look_up(canonical_map, CanonicalMap, {**CANONICAL_MAPS, **LINKS}, "canonical map")

@@ -74,9 +74,11 @@ def layers_of(model):
 def log_joint(model, x, *parts):
     """Log joint density of rows and their latents in each layer, with torch's normal law."""
     (loadings, intercept), *upper = layers_of(model)
-    eta = get_canonical_map(model.canonical_map).value(parts[0] @ loadings.T + intercept)
+    family = get_family(model.family)
+    canonical_map = get_canonical_map(model.canonical_map).of(family)
+    eta = canonical_map.value(parts[0] @ loadings.T + intercept)
     seen = ~torch.isnan(x)
-    terms = get_family(model.family).log_prob(torch.where(seen, x, 1.0), eta)
+    terms = family.log_prob(torch.where(seen, x, 1.0), eta)
     total = torch.where(seen, terms, 0.0).sum(-1)
     above = get_canonical_map(model.hidden_map).value
     means = [above(z @ W.T + b) for (W, b), z in zip(upper, parts[1:], strict=True)]

@@ -63,7 +63,7 @@ def test_formulas_are_what_is_computed(family, canonical_map):
 
 def test_table_and_text():
     table = _architecture.correspondence_table()
-    assert table.count("* -") == 1 + 8 + 3
+    assert table.count("* -") == 1 + 8 + 3 + 2
     assert "``sigmoid(zeta)``" in table
     assert ExpFamilyDEQ(canonical_map=ReLU("off")).architecture().mask == "1"
     text = str(ExpFamilyDEQ(family="poisson").architecture())

@@ -10,7 +10,15 @@ from scipy.optimize import lsq_linear
 
 from skdeq import ExpFamilyDEQ
 from skdeq._canonical import MappedFamily
-from skdeq.families import CANONICAL_MAPS, CanonicalMap, ReLU, get_canonical_map, get_family
+from skdeq.families import (
+    CANONICAL_MAPS,
+    CanonicalMap,
+    Gamma,
+    NegativeBinomial,
+    ReLU,
+    get_canonical_map,
+    get_family,
+)
 
 MAPS = [name for name in CANONICAL_MAPS if name != "identity"]
 BOUNDED_DOMAIN = {"gamma", "negative_binomial"}
@@ -19,6 +27,9 @@ PAIRS = [
     for family in FAMILY_OBJECTS
     for canonical_map in MAPS
     if get_family(family).domain.high > 0
+]
+LOG_LINKS = [
+    (family, "log") for family in ("negative_binomial", NegativeBinomial(0.2), "gamma", Gamma(3.0))
 ]
 
 
@@ -62,6 +73,7 @@ def X_statistic(family, X):
         ("gaussian", Square()),
         ("gamma", NegativeSoftplus()),
         ("negative_binomial", NegativeSoftplus()),
+        *LOG_LINKS,
     ],
     ids=str,
 )
@@ -94,7 +106,7 @@ def test_fixed_point_is_a_minimum_of_the_log_joint(family, canonical_map):
             assert bool((moved <= value.detach() + 1e-9 * value.detach().abs()).all())
 
 
-@pytest.mark.parametrize(("family", "canonical_map"), PAIRS, ids=str)
+@pytest.mark.parametrize(("family", "canonical_map"), [*PAIRS, *LOG_LINKS], ids=str)
 def test_fit_gains_and_its_objective_never_rises(family, canonical_map):
     deq = fitted(family, canonical_map, sample(family), max_iter=40, tol=0.0)
     curve = np.array(deq.loss_curve_)

@@ -24,6 +24,8 @@ PAIRS = [
     ("gaussian", "tanh"),
     ("bernoulli", "softplus"),
     ("poisson", "softplus"),
+    ("negative_binomial", "log"),
+    ("gamma", "log"),
 ]
 ALPHA = 1.3
 
