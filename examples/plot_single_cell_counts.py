@@ -262,5 +262,5 @@ plt.show()
 # * **Neighbours in the scores** have the right type more often with ``ExpFamilyDEQ`` at 0.3
 #   counts per gene. From one count per gene on both are nearly perfect.
 # * **The data flatter the model:** they are Poisson with rates that are log-linear in a few
-#   latents, as it assumes. Real counts spread more; ``family="negative_binomial"`` is for those,
-#   but takes no ``exposure``.
+#   latents, as it assumes. Real counts spread more; ``family=NegativeBinomial(dispersion=...)``
+#   with ``canonical_map="log"`` is for those.

@@ -115,7 +115,7 @@ def describe(
         sufficient_statistic=family.sufficient_formula,
         log_partition=family.log_partition_formula.format(eta="eta"),
         canonical_parameter=of_family.formula,
-        activation=family.mean_formula.format(eta=of_family.formula),
+        activation=of_family.mean_formula or family.mean_formula.format(eta=of_family.formula),
         mask=of_family.derivative_formula,
         loadings=loadings,
         hidden_layer_sizes=hidden_layer_sizes,

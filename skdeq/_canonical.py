@@ -231,9 +231,13 @@ class LogLink(CanonicalMap):
     >>> from skdeq.families import LogLink, NegativeBinomial
     >>> family = NegativeBinomial(dispersion=0.5)
     >>> eta = LogLink().of(family).value(torch.tensor([0.0, 3.0]))
-    >>> family.mean(eta).log()
-    tensor([0., 3.])
+    >>> family.mean(eta)
+    tensor([ 1.0000, 20.0855])
     """
+
+    formula, derivative_formula = "link(exp(zeta))", "exp(zeta) / A''(eta)"
+    mean_formula = "exp(zeta)"
+    is_convex = scales_with_exposure = True
 
     def of(self, family: Family) -> CanonicalMap:
         """Return the log link of a family.
@@ -242,6 +246,8 @@ class LogLink(CanonicalMap):
         ------
         ValueError
             For a family that has none.
+        TypeError
+            For one whose `log_link` returns something else.
         """
         link = family.log_link()
         if link is None:
@@ -249,6 +255,12 @@ class LogLink(CanonicalMap):
                 f"canonical_map='log' is for positive means of any size: 'poisson', "
                 "'negative_binomial', 'gamma' and families of your own that define log_link; "
                 f"family {family.name!r} has no log link."
+            )
+        is_map = isinstance(link, CanonicalMap) and not isinstance(link, LogLink)
+        if not (is_map and (link.scales_with_exposure or link == Identity())):
+            raise TypeError(
+                f"log_link of {type(family).__name__} must return a CanonicalMap with "
+                f"scales_with_exposure = True, or Identity(); got {link!r}."
             )
         return link
 
@@ -372,8 +384,8 @@ class MappedFamily(Family):
 
     def variance(self, zeta: Tensor) -> Tensor:
         """Return the expected curvature in zeta."""
-        slope = self.canonical_map.derivative(zeta)
-        return slope.square() * self._base.variance(self.canonical(zeta))
+        # It does not depend on the statistic, of which one passes any mask.
+        return self.energy(zeta, torch.ones_like(zeta))[2]
 
     def link(self, mu: Tensor) -> Tensor:
         """Return a zeta whose mean is `mu`, or near it where no mean is."""

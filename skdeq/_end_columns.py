@@ -85,13 +85,10 @@ def end_columns(X: Any, setting: Setting) -> EndColumns:
     """Find the columns of validated data that are at an end of the support."""
     family = setting.family.exact
     found = [EndColumns(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))]
-    # Most maps keep the canonical parameter from its end; where the density has no bound there,
-    # no intercept would be better than another.
+    # Of a problem that is not convex more than the intercept may lead to the end; and where the
+    # density has no bound there, no intercept would be better than another.
     if family.is_convex and not family.base.unbounded_at:
-        for end in (family.support.low, family.support.high):
-            infinite = torch.isinf(family.link(_statistics(family, np.array([end]))))
-            if not (np.isfinite(end) and bool(infinite.all())):
-                continue
+        for end in ends_at_infinity(family):
             columns = columns_at(X, end)
             if len(columns):
                 _, size = _row_weights(setting)
@@ -99,6 +96,15 @@ def end_columns(X: Any, setting: Setting) -> EndColumns:
                 found.append(EndColumns(columns, np.full(len(columns), float(end)), sizes))
     parts = zip(*((one.columns, one.ends, one.sizes) for one in found), strict=True)
     return EndColumns(*(np.concatenate(part) for part in parts))
+
+
+def ends_at_infinity(family: Family) -> list[float]:
+    """Find the ends of the support that are observed, with a likelihood greatest at infinity."""
+    support = family.support
+    ends = {support.low: support.low_inclusive, support.high: support.high_inclusive}
+    taken = [end for end, is_taken in ends.items() if is_taken]
+    links = family.link(_statistics(family, np.array(taken)))
+    return [end for end, link in zip(taken, links.tolist(), strict=True) if np.isinf(link)]
 
 
 def _statistics(family: Family, x: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
 from skdeq._data import has_short_digits, log_base_rows, rows_of
-from skdeq._end_columns import EndColumns, end_columns
+from skdeq._end_columns import EndColumns, end_columns, ends_at_infinity
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._expfam_layout import (
     changed_parameters,
@@ -57,13 +57,13 @@ _ENDLESS = 100.0
 
 
 def _may_be_endless(family: Family) -> bool:
-    """Whether canonical parameters are logits or logarithms, so that infinite ones say something.
+    """Whether infinite predictors say something, as logits and logarithms of nought do.
 
     Where the density grows without bound at an end of the support, finite ones may be large.
     """
-    is_curved = family.is_canonical and bool(family.self_concordance)
-    is_curved |= family.scales_with_exposure
-    return is_curved and family.domain.is_real_line and not family.unbounded_at
+    if family.base.unbounded_at or not family.domain.is_real_line:
+        return False
+    return len(ends_at_infinity(family)) > 0
 
 
 class LatentVariableEstimator(FittedLatents):

@@ -212,7 +212,7 @@ class ExpFamilyDEQ(
     intercept_ : ndarray of shape (n_features,)
         The intercept b. Of a feature that is at one end of the support wherever it is observed,
         such as a gene without a count, it is half an observation inside, and dense loadings are
-        zero, with the identity as canonical map.
+        zero, with the identity or the log link as canonical map.
     loadings_ : ndarray of shape (n_features, n_components)
         The loadings W, in units of the prior of the latents; of the first layer, and of shape
         (n_features, h_1), with hidden layers; a column for each place of each of the kernels with
@@ -490,7 +490,7 @@ class ExpFamilyDEQ(
         -------
         ndarray of shape (n_samples, n_features)
             Infinite where the predictors are outside the domain of a gamma or negative
-            binomial family, as those of entries that were missing may be.
+            binomial family without a log link, as those of entries that were missing may be.
         """
         return returned(get_family(self.family).mean(self._natural_parameters(Z)), Z)
 
@@ -569,7 +569,7 @@ class ExpFamilyDEQ(
             get_canonical_map(self.canonical_map),
             loadings=str(self._loadings()),
             hidden_layer_sizes=self._sizes()[:-1],
-            hidden_map=get_canonical_map(self.hidden_map),
+            hidden_map=self._hidden_map(),
         )
 
     def to_module(self) -> EquilibriumLayer:

@@ -13,7 +13,7 @@ from skdeq._canonical import through
 from skdeq._convolution import Convolution
 from skdeq._family import CanonicalMap, Family
 from skdeq._loadings import FreeLoadings, KernelLoadings, Loadings
-from skdeq.families import get_canonical_map, get_family
+from skdeq.families import get_canonical_map, get_family, get_hidden_map
 
 __all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model"]
 
@@ -41,7 +41,7 @@ _OF_THE_MODEL: dict[str, Callable] = {
     "family": get_family,
     "canonical_map": get_canonical_map,
     "hidden_layer_sizes": _as_tuple,
-    "hidden_map": get_canonical_map,
+    "hidden_map": get_hidden_map,
     "loadings": _as_tuple,
     "image_shape": _as_image,
     "kernel_size": _as_pair,
@@ -85,7 +85,8 @@ class LatentLayout(BaseEstimator):
             raise ValueError(f"exposure must be 'total' or None; got {self.exposure!r}.")
         if self.exposure is not None and not family.scales_with_exposure:
             detail = "" if family.is_canonical else f" with canonical_map={canonical_map!r}"
-            advice = "" if family.base.log_link() is None else "; canonical_map='log' gives it one"
+            has_link = family.is_canonical and family.log_link() is not None
+            advice = "; canonical_map='log' gives it one" if has_link else ""
             raise ValueError(
                 f"exposure={self.exposure!r} needs a family whose mean it multiplies, such as "
                 f"'poisson'; family {family.name!r}{detail} has no such offset{advice}."
@@ -147,7 +148,7 @@ class LatentLayout(BaseEstimator):
         return sizes
 
     def _hidden_map(self) -> CanonicalMap:
-        return get_canonical_map(self.hidden_map)
+        return get_hidden_map(self.hidden_map)
 
 
 def _integers(name: str, values: Any, lengths: tuple[int, ...]) -> tuple[Any, ...]:

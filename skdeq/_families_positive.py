@@ -260,16 +260,25 @@ class Gamma(Family):
         return a, mean, mean.square().div_(self.shape) if variance else None
 
 
-class _NegativeBinomialLog(CanonicalMap):
+class _LogOfFamily(CanonicalMap):
+    """What the log links have in common."""
+
+    range = _NEGATIVE
+    mean_formula = "exp(zeta)"
+    is_convex = scales_with_exposure = True
+
+    def __repr__(self) -> str:
+        return "LogLink()"
+
+
+class _NegativeBinomialLog(_LogOfFamily):
     """Log link of the negative binomial family.
 
     With ``u = zeta + log(dispersion)`` the energy is ``(x + r) softplus(u) - x u`` and a constant:
     that of a logistic regression, which overflows nowhere.
     """
 
-    range = _NEGATIVE
     formula, derivative_formula = "-log(1 + r exp(-zeta))", "r / (r + exp(zeta))"
-    is_convex = scales_with_exposure = True
 
     def __init__(self, dispersion: float) -> None:
         self.dispersion = dispersion
@@ -301,22 +310,19 @@ class _NegativeBinomialLog(CanonicalMap):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute loss, slope and curvature with few passes over the entries."""
         r, logit = 1 / self.dispersion, self._logit(zeta)
-        share, rest = torch.sigmoid(logit), torch.neg(logit).sigmoid_()
-        total = statistic + r
-        # softplus(u) = u - log sigmoid(u).
-        tiny = torch.finfo(share.dtype).tiny
-        loss = (r * logit).sub_(share.clamp_min(tiny).log_().mul_(total))
-        # Not (x + r) sigmoid(u) - x, whose digits a large x would take.
+        # r softplus(u) + x softplus(-u), and the same of its slope: of (x + r) softplus(u) - x u
+        # a large x or r would take the digits.
+        tail = torch.log1p(torch.exp(-logit.abs()))
+        loss = (tail + logit.clamp(min=0)).mul_(r).add_((tail - logit.clamp(max=0)) * statistic)
+        share, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
         slope = (r * share).sub_(statistic * rest)
-        return loss, slope, (share * rest).mul_(total) if observed else r * share
+        return loss, slope, (share * rest).mul_(statistic + r) if observed else r * share
 
 
-class _GammaLog(CanonicalMap):
+class _GammaLog(_LogOfFamily):
     """Log link of the gamma family."""
 
-    range = _NEGATIVE
     formula, derivative_formula = "-shape exp(-zeta)", "shape exp(-zeta)"
-    is_convex = scales_with_exposure = True
 
     def __init__(self, shape: float) -> None:
         self.shape = shape

@@ -144,7 +144,8 @@ class Family(_EqualByParameters, ABC):
     def log_link(self) -> "CanonicalMap | None":
         """Return the map through which the mean is the exponential of the linear predictor.
 
-        None unless the family overrides it, as those of counts and positive amounts do.
+        None unless the family overrides it, as those of counts and positive amounts do. The map
+        has `scales_with_exposure`, and `is_convex` if it is.
         """
         return None
 
@@ -307,6 +308,8 @@ class CanonicalMap(_EqualByParameters, ABC):
     # For people: R and R' as text.
     formula = "R(zeta)"
     derivative_formula = "R'(zeta)"
+    # A'(R(zeta)) as text, where it is simpler than that of A' and R.
+    mean_formula = ""
     widths: tuple[float, ...] = ()
 
     def of(self, family: Family) -> "CanonicalMap":

@@ -362,7 +362,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         Returns
         -------
         ndarray of shape (n_samples,) or (n_samples, n_outputs)
-            As y was in fit.
+            As y was in fit, float64: numbers may have more digits, or be larger, than X.
         """
         outputs = self._outputs(X)
         values = outputs if self._target_mean.ndim else outputs[:, 0]

@@ -116,7 +116,7 @@ def _working_residuals(setting: Setting, intercept: Tensor) -> Tensor:
     # Where next to nothing varies, a residual in units of the variance is next to infinite.
     variance = variance + variance.mean(1, keepdim=True)
     n, _ = observations.shape
-    residual = (observations.dense_rows(0, n) - family.mean(predictor)) / variance
+    residual = -family.slope(predictor, observations.dense_rows(0, n)) / variance
     missing = observations.missing_rows(0, n)
     return residual if missing is None else residual.masked_fill(missing, 0)
 

@@ -270,7 +270,7 @@ class HierarchyProblem:
         """
         parts = self._parts(z)
         energies = hidden_energies(parts, self.upper, self.family)
-        value, bottom, block, _ = self.bottom.expected_derivatives(parts[0], rows)
+        value, bottom, block, _ = self.bottom.derivatives_of_kind(parts[0], rows, observed=False)
         gradient = self._gradient(bottom, parts, energies)
         size = block.diagonal(dim1=1, dim2=2).sum(1) - self.alpha * self.sizes[0]
         residual = self._residual(gradient, parts, energies, size)

@@ -4,6 +4,7 @@ Whatever fits a model by its gradient moves a list of tensors, and asks here wha
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,16 +34,21 @@ class Pins:
             loadings[self.columns] = 0
 
 
+@dataclass(frozen=True)
 class FreeLoadings:
     """Dense loadings, each entry of which is free, of one layer or of several.
 
     The free parameters are loadings and intercept of each layer side by side (p, k + 1), from the
     data to the top.
+
+    Attributes
+    ----------
+    own : int
+        Place, among the parameters, of those that each feature has to itself; those before serve
+        all features, those after belong to the layers above.
     """
 
-    # Place, among the parameters, of those that each feature has to itself; those before serve
-    # all features, those after belong to the layers above.
-    own = 0
+    own: ClassVar[int] = 0
 
     def __str__(self) -> str:
         return "dense"
@@ -77,10 +83,15 @@ class KernelLoadings:
     Parameters
     ----------
     convolution : Convolution
+
+    Attributes
+    ----------
+    own : int
+        As in :class:`FreeLoadings`.
     """
 
     convolution: Convolution
-    own = 1
+    own: ClassVar[int] = 1
 
     def __str__(self) -> str:
         return str(self.convolution)

@@ -347,7 +347,10 @@ class MapProblem:
         :math:`A''(\eta + \delta) \ge e^{-c |\delta|} A''(\eta)`.
         """
         size = None if fresh else self._least_size(z, rows)
-        sums = self._accumulate(z, rows, gradient=True, curvature=size is None)
+        # On the scale of the residuals that `derivatives` returns.
+        sums = self._accumulate(
+            z, rows, gradient=True, curvature=size is None, observed=self.family.is_convex
+        )
         if size is None:
             size = sums.size
             self._adapt(rows, size)
@@ -388,22 +391,23 @@ class MapProblem:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, Hessian and scaled residual of each row.
 
-        The Hessian is the observed one where the problem is convex or the Hessian is positive
-        definite anyway, or if ``observed``; elsewhere, and for the residual, the expected one.
+        The Hessian is the observed one where the problem is convex or that is positive definite
+        anyway, or if ``observed``; elsewhere, and for the residual of such problems, the expected
+        one.
         """
         if self.family.is_convex:
-            return self.expected_derivatives(z, rows, observed=True)
-        value, gradient, hessian, residual = self.expected_derivatives(z, rows)
+            return self.derivatives_of_kind(z, rows, observed=True)
+        value, gradient, hessian, residual = self.derivatives_of_kind(z, rows, observed=False)
         exact = self.observed_hessian(z, rows)
         hessian = exact if observed else usable_hessian(exact, hessian)
         return value, gradient, hessian, residual
 
-    def expected_derivatives(
-        self, z: Tensor, rows: Tensor, observed: bool = False
+    def derivatives_of_kind(
+        self, z: Tensor, rows: Tensor, *, observed: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Objective, gradient, expected Hessian and scaled residual of each row.
+        """Objective, gradient, observed or expected Hessian and scaled residual of each row.
 
-        The observed Hessian if ``observed``, of a canonical family the same.
+        Both Hessians of a canonical family are the same.
         """
         sums = self._accumulate(
             z, rows, objective=True, gradient=True, hessian=True, observed=observed

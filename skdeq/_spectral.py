@@ -75,6 +75,8 @@ class _Residuals(ABC):
             self._scale, self._root = variance.clamp_max(most).sqrt(), self.exposure.sqrt()
             self._profile, self._centre = ones, self._average()
         else:
+            # Of the statistic, which the residuals are of, and not of the predictor.
+            variance = family.base.variance(family.canonical(intercept))
             least = _LEAST_SHARE * float(variance.mean()) + 1e-30
             self._scale, self._root = variance.clamp_min(least).rsqrt(), self.exposure.rsqrt()
             self._profile, self._centre = self.exposure, self.mean

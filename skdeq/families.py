@@ -112,6 +112,23 @@ def get_family(family: str | Family) -> Family:
     return _look_up(family, Family, FAMILIES, "family")
 
 
+def get_hidden_map(hidden_map: str | CanonicalMap) -> CanonicalMap:
+    """Return the map of hidden layers of that name, or the object given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else, and for the log link, which is for data.
+    """
+    found = _look_up(hidden_map, CanonicalMap, CANONICAL_MAPS, "hidden map")
+    if isinstance(found, LogLink):
+        raise ValueError(
+            "hidden_map cannot be the log link, which is for counts and positive amounts; hidden "
+            "latents are real numbers."
+        )
+    return found
+
+
 def get_canonical_map(canonical_map: str | CanonicalMap) -> CanonicalMap:
     """Return the canonical map of that name, or the object given.
 

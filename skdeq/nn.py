@@ -26,7 +26,7 @@ from skdeq._layer_checks import (
 )
 from skdeq._layer_equilibrium import Equilibrium
 from skdeq._warn import warn
-from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family
+from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family, get_hidden_map
 from skdeq.fixed_point import FixedPointResult
 
 __all__ = ["EquilibriumLayer"]
@@ -152,7 +152,7 @@ class EquilibriumLayer(nn.Module):
         self.fixed_point = fixed_point
         self.family = through(get_family(family), get_canonical_map(canonical_map))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
-        self.hidden_map = get_canonical_map(hidden_map)
+        self.hidden_map = get_hidden_map(hidden_map)
         empty = partial(torch.empty, device=device, dtype=dtype)
         self.loadings = nn.Parameter(empty(sizes[0], sizes[1]))
         self.intercept = nn.Parameter(empty(sizes[0]))

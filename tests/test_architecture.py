@@ -5,7 +5,7 @@ import pytest
 from conftest import FAMILY_OBJECTS, sample
 
 from skdeq import ExpFamilyDEQ, _architecture
-from skdeq.families import CANONICAL_MAPS, ReLU, get_canonical_map, get_family
+from skdeq.families import CANONICAL_MAPS, LINKS, ReLU, get_canonical_map, get_family
 
 NAMES = {
     "exp": np.exp,
@@ -26,18 +26,23 @@ def evaluate(text, family, **values):
         "shape": getattr(law, "shape", 1.0),
     }
     for name in ("N", "r", "shape"):
-        for function in ("log", "sigmoid"):
+        for function in ("log", "sigmoid", "exp"):
             text = text.replace(f"{name} {function}", f"{name} * {function}")
     text = text.replace("2 cosh", "2 * cosh").replace("^", "**").replace("1[zeta > 0]", "(zeta>0)")
     return eval(text, {}, {**NAMES, **constants, **values})  # noqa: S307
 
 
-@pytest.mark.parametrize("canonical_map", CANONICAL_MAPS)
+@pytest.mark.parametrize("canonical_map", [*CANONICAL_MAPS, *LINKS])
 @pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
 def test_formulas_are_what_is_computed(family, canonical_map):
     import torch
 
-    law, mapping = get_family(family), get_canonical_map(canonical_map)
+    law = get_family(family)
+    if canonical_map in LINKS and law.log_link() is None:
+        with pytest.raises(ValueError, match="has no log link"):
+            ExpFamilyDEQ(family=family, canonical_map=canonical_map).architecture()
+        return
+    mapping = get_canonical_map(canonical_map).of(law)
     model = ExpFamilyDEQ(family=family, canonical_map=canonical_map)
     negative = law.domain.high <= 0
     if negative and canonical_map in ("relu", "softplus"):

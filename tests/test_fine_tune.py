@@ -393,6 +393,14 @@ def test_missing_sparse_and_float32():
     np.testing.assert_allclose(single.predict_proba(X), dense.predict_proba(X), atol=2e-5)
 
 
+def test_numbers_keep_digits_and_size_that_float32_rows_have_not():
+    X, _, y = data()
+    X = X.astype(np.float32)
+    for targets in (1.7e9 + y, 1e40 * y):
+        predicted = regressor().fit(X, targets).predict(X)
+        assert r2_score(targets, predicted) > 0.5
+
+
 def test_same_seed_same_bytes_and_global_generators_left_alone():
     X, label, _ = data()
     torch.manual_seed(3)

@@ -1,5 +1,6 @@
 """The log link of overdispersed counts and positive amounts."""
 
+import math
 import pickle
 
 import mpmath
@@ -23,10 +24,14 @@ from skdeq.families import (
     get_canonical_map,
     get_family,
 )
+from skdeq.nn import EquilibriumLayer
 
-LINKED = [NegativeBinomial(), NegativeBinomial(0.2), Gamma(), Gamma(3.0)]
+LINKED = [NegativeBinomial(), NegativeBinomial(0.2), NegativeBinomial(1e-8), Gamma(), Gamma(3.0)]
 each_family = pytest.mark.parametrize("family", LINKED, ids=str)
-WIDE = torch.tensor([-600.0, -30.0, -2.5, 0.0, 0.4, 8.0, 36.0, 600.0], dtype=torch.float64)
+WIDE = {
+    torch.float64: [-1e4, -600.0, -30.0, -2.5, 0.0, 0.4, 8.0, 36.0, 600.0, 1e4],
+    torch.float32: [-1e3, -80.0, -2.5, 0.0, 0.5, 8.0, 36.0, 80.0, 1e3],
+}
 
 
 def linked(family, k=2, **options):
@@ -48,7 +53,10 @@ def test_the_mean_is_the_exponential_of_the_linear_predictor(family):
     (first,) = torch.autograd.grad(link.value(leaf).sum(), leaf)
     torch.testing.assert_close(link.derivative(zeta), first, rtol=1e-12, atol=0)
     torch.testing.assert_close(
-        link.second_derivative(zeta), CanonicalMap.second_derivative(link, zeta), rtol=1e-9, atol=0
+        link.second_derivative(zeta),
+        CanonicalMap.second_derivative(link, zeta),
+        rtol=1e-9,
+        atol=1e-15,
     )
 
 
@@ -67,25 +75,41 @@ def test_its_energy_is_that_of_any_map(family, observed):
 
 
 @each_family
-def test_its_energy_agrees_with_mpmath_far_out(family):
-    link, x = LogLink().of(family), 7.0
-    loss, slope, curvature = link.energy(family, WIDE, torch.full_like(WIDE, x), observed=True)
-    with mpmath.workdps(700):
-        for place, zeta in enumerate(WIDE.tolist()):
+@pytest.mark.parametrize("x", [1.0, 7.0])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_its_energy_agrees_with_mpmath_far_out(family, dtype, x):
+    link, zetas = LogLink().of(family), torch.tensor(WIDE[dtype], dtype=dtype)
+    found = link.energy(family, zetas, torch.full_like(zetas, x), observed=True)
+    expected = link.energy(family, zetas, torch.full_like(zetas, x))[2]
+    limits = torch.finfo(dtype)
+    with mpmath.workdps(50):
+        for place, zeta in enumerate(zetas.tolist()):
             mean = mpmath.exp(zeta)
             if isinstance(family, Gamma):
                 eta = -family.shape / mean
                 exact = -family.shape * mpmath.log(-eta) - x * eta
+                mean_curvature = mpmath.mpf(family.shape)
                 first = family.shape * (1 - x / mean)
                 second = family.shape * x / mean
             else:
                 r = 1 / mpmath.mpf(family.dispersion)
-                share = mean / (mean + r)
-                exact = -r * mpmath.log(1 - share) - x * mpmath.log(share)
-                first = r * share - x * (1 - share)
-                second = (x + r) * share * (1 - share)
-            for found, known in ((loss, exact), (slope, first), (curvature, second)):
-                assert float(found[place]) == pytest.approx(float(known), rel=1e-12)
+                share, rest = mean / (mean + r), r / (mean + r)
+                exact = r * mpmath.log1p(mean / r) + x * mpmath.log1p(r / mean)
+                first = r * share - x * rest
+                second = (x + r) * share * rest
+                mean_curvature = r * share
+            pairs = zip((*found, expected), (exact, first, second, mean_curvature), strict=True)
+            for one, known in pairs:
+                if abs(known) > limits.max:
+                    assert float(one[place]) == math.copysign(math.inf, known)
+                    continue
+                # Digits that zeta has lost beside the logarithm of a tiny dispersion, and those
+                # that an exponential loses; and terms of the slope may cancel.
+                size = max(abs(zeta), 1.0) + abs(math.log(getattr(family, "dispersion", 1.0)))
+                close = pytest.approx(
+                    float(known), rel=4 * size * limits.eps, abs=4 * x * size * limits.eps
+                )
+                assert float(one[place]) == close
 
 
 def test_the_identity_is_the_log_link_of_poisson_counts():
@@ -145,6 +169,58 @@ def test_the_unit_of_amounts_does_not_matter():
     np.testing.assert_allclose(other.intercept_ - one.intercept_, np.log(1e4), rtol=1e-6)
 
 
+def test_units_of_columns_and_of_images_do_not_matter_either():
+    X = sample(Gamma(3.0))
+    units = 10.0 ** np.arange(-6, -6 + X.shape[1])
+    one, other = (
+        linked(Gamma(3.0), tol=1e-10, max_iter=300).fit(unit * X) for unit in (1.0, units)
+    )
+    np.testing.assert_allclose(other.transform(units * X), one.transform(X), rtol=1e-5, atol=1e-7)
+    images = sample(Gamma(3.0), n=60, p=36)
+    maps = {"loadings": "conv2d", "image_shape": (6, 6), "kernel_size": 3, "stride": 3}
+    curves = []
+    for unit in (1.0, 1e3):
+        model = linked(Gamma(3.0), max_iter=4, tol=0.0, **maps).fit(unit * images)
+        # Of the density, whose unit is one over that of the amounts.
+        curves.append(np.array(model.loss_curve_) - 36 * np.log(unit))
+    np.testing.assert_allclose(*curves, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("unit", "dtype"), [(1e-20, np.float32), (1e-170, np.float64)])
+def test_amounts_of_any_size_are_fitted(unit, dtype):
+    X = sample(Gamma(3.0))
+    tiny, plain = linked(Gamma(3.0)).fit((unit * X).astype(dtype)), linked(Gamma(3.0)).fit(X)
+    scores = plain.transform(X)
+    found = tiny.transform((unit * X).astype(dtype))
+    np.testing.assert_allclose(found, scores, atol=1e-3 * np.abs(scores).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_little_dispersion_is_next_to_poisson(dtype):
+    X = sample("poisson", n=300, p=30).astype(dtype)
+    poisson = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    model = linked(NegativeBinomial(1e-8)).fit(X)
+    assert model.converged_ and model.map_latents(X).converged.all()
+    np.testing.assert_allclose(model.score(X), poisson.score(X), rtol=1e-4)
+    scores = poisson.transform(X)
+    np.testing.assert_allclose(model.transform(X), scores, atol=1e-2 * np.abs(scores).max())
+
+
+@pytest.mark.parametrize(("dtype", "alpha"), [(torch.float32, 1e-2), (torch.float64, 1e-3)])
+def test_a_row_of_zeros_far_from_its_start_is_solved(dtype, alpha):
+    layer = EquilibriumLayer(
+        10, 1, family="negative_binomial", canonical_map="log", alpha=alpha, dtype=dtype
+    )
+    with torch.no_grad():
+        layer.loadings.fill_(1.0)
+        layer.intercept.fill_(8.0)
+    result = layer.certify(torch.zeros(1, 10, dtype=dtype))
+    assert result.converged.all()
+    # alpha z = -10 e^(z + 8) / (1 + e^(z + 8))
+    z = result.value.double()
+    torch.testing.assert_close(alpha * z, -10 * torch.sigmoid(z + 8), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("gaps", [False, True])
 def test_exposure_takes_out_the_size_of_rows(gaps):
     rng = np.random.default_rng(0)
@@ -194,7 +270,7 @@ def test_what_bad_columns_and_rows_get(family, dtype):
     X[:, 0] = 0 if counts else 1e-3
     X[:, 1] = 7
     X[0] = 0 if counts else 1e-3
-    X[1] = 1e6
+    X[1, 1:] = 1e6
     X[2:4, 2] = np.nan
     model = linked(family).fit(X)
     result = model.map_latents(X)
@@ -202,6 +278,10 @@ def test_what_bad_columns_and_rows_get(family, dtype):
     assert np.isfinite(model.inverse_transform(model.transform(X))).all()
     assert model.transform(X).dtype == dtype
     assert np.isfinite(model.score(X))
+    if counts:
+        # A feature without a count is held half an observation inside.
+        assert model.intercept_[0] == pytest.approx(np.log(0.5 / (len(X) + 1)), abs=1e-4)
+        assert not model.loadings_[0].any()
     again = pickle.loads(pickle.dumps(model))
     np.testing.assert_array_equal(again.transform(X[:5]), model.transform(X[:5]))
 
@@ -224,11 +304,13 @@ def test_many_components_layers_streams_and_networks():
     deep = linked("negative_binomial", hidden_layer_sizes=(4,), max_iter=3, tol=1.0).fit(X)
     assert deep.map_latents(X).converged.all()
     stream = linked("negative_binomial")
-    for batch in np.split(X, 3):
-        stream.partial_fit(batch)
-    assert np.isfinite(stream.transform(X)).all()
-    network = DEQRegressor(linked("negative_binomial"), max_iter=3, random_state=0)
-    assert np.isfinite(network.fit(X, X[:, 0]).predict(X)).all()
+    start = stream.partial_fit(X[:100]).score(X)
+    for _ in range(20):
+        for batch in np.split(X, 3):
+            stream.partial_fit(batch)
+    assert stream.score(X) > start
+    network = DEQRegressor(linked("negative_binomial", 4), random_state=0)
+    assert network.fit(X, np.log1p(X[:, 0])).score(X, np.log1p(X[:, 0])) > 0.3
 
 
 def test_where_there_is_none_it_is_refused_in_words():
@@ -240,6 +322,51 @@ def test_where_there_is_none_it_is_refused_in_words():
         LogLink().value(torch.zeros(1))
     with pytest.raises(ValueError, match="canonical_map='log' gives it one"):
         ExpFamilyDEQ(family="gamma", exposure="total").fit(sample("gamma"))
+    for refused in (
+        lambda: EquilibriumLayer(10, 2, hidden_layer_sizes=(4,), hidden_map=LogLink()),
+        lambda: ExpFamilyDEQ(hidden_layer_sizes=(4,), hidden_map=LogLink()).architecture(),
+    ):
+        with pytest.raises(ValueError, match="hidden_map cannot be the log link"):
+            refused()
+
+
+def test_a_log_link_of_a_family_of_ones_own():
+    class Amounts(Gamma):
+        link_of_mine = None
+
+        def log_link(self):
+            return self.link_of_mine
+
+    X = sample("gamma")
+    model = linked(Amounts())
+    Amounts.link_of_mine = Gamma().log_link()
+    np.testing.assert_array_equal(model.fit(X).transform(X), linked("gamma").fit(X).transform(X))
+    for bad in ("log", LogLink(), get_canonical_map("tanh")):
+        Amounts.link_of_mine = bad
+        with pytest.raises(TypeError, match="log_link of Amounts must return a CanonicalMap"):
+            model.fit(X)
+
+
+def test_exposure_weights_and_gaps_in_streams_and_modules():
+    X = sample(NegativeBinomial(0.5), n=200)
+    X = X[X.sum(axis=1) > 0]
+    X[::7, 2] = np.nan
+    model = linked(NegativeBinomial(0.5), exposure="total", whiten=True)
+    model.partial_fit(X[:100]).partial_fit(X[100:])
+    layer = model.to_module()
+    np.testing.assert_allclose(layer(torch.from_numpy(X)).detach(), model.transform(X), atol=1e-6)
+    weight = np.arange(len(X)) % 3
+    tight = {"tol": 1e-12, "max_iter": 500}
+    weighted = linked(NegativeBinomial(0.5), exposure="total", **tight)
+    repeated = linked(NegativeBinomial(0.5), exposure="total", **tight)
+    weighted.fit(X, sample_weight=weight)
+    repeated.fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.loss_curve_[-1], repeated.loss_curve_[-1], rtol=1e-9)
+
+
+def test_without_penalty_only_counts_may_have_no_optimum():
+    model = linked(Gamma(3.0), weight_decay=0.0).fit(sample(Gamma(3.0)))
+    assert model.converged_
 
 
 def test_natural_parameters_and_formulas():
@@ -253,3 +380,4 @@ def test_natural_parameters_and_formulas():
     assert layer.canonical_parameter == "-log(1 + r exp(-zeta))"
     assert layer.mask == "r / (r + exp(zeta))"
     assert layer.canonical_map == "LogLink()"
+    assert layer.activation == "exp(zeta)"
