@@ -95,14 +95,13 @@ class ExpFamilyDEQ(
         "rademacher", or an object such as ``Binomial(n_trials=16)`` from
         :mod:`skdeq.families` or of your own.
 
-    canonical_map : {"identity", "log", "relu", "softplus", "tanh"} or CanonicalMap, \
-            default="identity"
-        Map R from the linear predictor to the canonical parameter; its range must meet the
-        domain of the family. "log" is the log link of counts and positive amounts, for which the
-        mean is the exponential of the linear predictor. :class:`~skdeq.families.ReLU` takes an
-        option for the mask of the layer. With "relu", "softplus", "tanh" and most maps of your
-        own a row may have several solutions; the one reported is what Newton's method finds from
-        zero.
+    canonical_map : str or CanonicalMap, default="identity"
+        Map R from the linear predictor to the canonical parameter: "identity", "log", "relu",
+        "softplus", "tanh", or an object; its range must meet the domain of the family. "log" is
+        the log link of counts and positive amounts, for which the mean is the exponential of the
+        linear predictor. :class:`~skdeq.families.ReLU` takes an option for the mask of the layer.
+        With "relu", "softplus", "tanh" and most maps of your own a row may have several
+        solutions; the one reported is what Newton's method finds from zero.
 
     hidden_layer_sizes : tuple of int, default=()
         Sizes of the latent layers between the data and the top one, which has `n_components`;
