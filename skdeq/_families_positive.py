@@ -270,6 +270,21 @@ class _LogOfFamily(CanonicalMap):
     def __repr__(self) -> str:
         return "LogLink()"
 
+    def of(self, family: Family) -> CanonicalMap:
+        """Return this map for the family that it is of.
+
+        Raises
+        ------
+        ValueError
+            For another, such as one of another dispersion.
+        """
+        if family.log_link() != self:
+            raise ValueError(
+                f"The canonical map is the log link of another family than {family!r}; "
+                "canonical_map='log' is that of whichever family is fitted."
+            )
+        return self
+
 
 class _NegativeBinomialLog(_LogOfFamily):
     """Log link of the negative binomial family.

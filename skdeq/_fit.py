@@ -116,7 +116,8 @@ def _working_residuals(setting: Setting, intercept: Tensor) -> Tensor:
     # Where next to nothing varies, a residual in units of the variance is next to infinite.
     variance = variance + variance.mean(1, keepdim=True)
     n, _ = observations.shape
-    residual = -family.slope(predictor, observations.dense_rows(0, n)) / variance
+    rows = observations.dense_rows(0, n)
+    residual = -family.slope(predictor.expand_as(rows), rows) / variance
     missing = observations.missing_rows(0, n)
     return residual if missing is None else residual.masked_fill(missing, 0)
 

@@ -186,6 +186,17 @@ def test_units_of_columns_and_of_images_do_not_matter_either():
     np.testing.assert_allclose(*curves, rtol=1e-9)
 
 
+@each_family
+@pytest.mark.parametrize("exposure", [None, "total"])
+def test_images_are_fitted(family, exposure):
+    X = sample(family, n=60, p=36)
+    X[::5, 3] = np.nan
+    maps = {"loadings": "conv2d", "image_shape": (6, 6), "kernel_size": 3, "stride": 3}
+    model = linked(family, exposure=exposure, max_iter=5, tol=0.0, **maps).fit(X)
+    assert model.loss_curve_[-1] < model.loss_curve_[0]
+    assert model.map_latents(X).converged.all()
+
+
 @pytest.mark.parametrize(("unit", "dtype"), [(1e-20, np.float32), (1e-170, np.float64)])
 def test_amounts_of_any_size_are_fitted(unit, dtype):
     X = sample(Gamma(3.0))
@@ -341,6 +352,8 @@ def test_a_log_link_of_a_family_of_ones_own():
     model = linked(Amounts())
     Amounts.link_of_mine = Gamma().log_link()
     np.testing.assert_array_equal(model.fit(X).transform(X), linked("gamma").fit(X).transform(X))
+    with pytest.raises(ValueError, match="log link of another family than Amounts"):
+        linked(Amounts(), canonical_map=Gamma(3.0).log_link()).fit(X)
     for bad in ("log", LogLink(), get_canonical_map("tanh")):
         Amounts.link_of_mine = bad
         with pytest.raises(TypeError, match="log_link of Amounts must return a CanonicalMap"):
