@@ -252,7 +252,7 @@ class LogLink(CanonicalMap):
         link = family.log_link()
         if link is None:
             raise ValueError(
-                f"canonical_map='log' is for positive means of any size: 'poisson', "
+                "canonical_map='log' is for positive means of any size: 'poisson', "
                 "'negative_binomial', 'gamma' and families of your own that define log_link; "
                 f"family {family.name!r} has no log link."
             )

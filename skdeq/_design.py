@@ -1,6 +1,7 @@
 """What all rows of a problem share: a design, and how large the pieces are that it is used on."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,29 @@ _HESSIAN_ENTRIES = 2**24
 # fewer entries than it takes to keep a thread from waiting for Python.
 _LEAST_CHUNKS = 4
 _LEAST_ENTRIES = 2**18
+# Features of a tile at least.
+_LEAST_COLUMNS = 64
+
+
+class Sizes(NamedTuple):
+    """How large a design is.
+
+    Attributes
+    ----------
+    total_weight : float
+        Sum of the weights.
+    spread : float
+        Sum of `square`: the curvature, over all unknowns, of entries of unit variance.
+    longest : float
+        Largest norm of a row of the matrix.
+    furthest : float
+        Largest magnitude of an offset.
+    """
+
+    total_weight: float
+    spread: float
+    longest: float
+    furthest: float
 
 
 class Design:
@@ -74,38 +98,23 @@ class Design:
         return self.expand if self.weight is None else self.expand * self.weight
 
     @cached_property
-    def _sizes(self) -> tuple[float, float, float, float]:
+    def sizes(self) -> Sizes:
+        """Numbers that say how large it is."""
         norms, offset = self._row_norms, self._offset
         longest = norms.max() if self.q else norms.sum()
         furthest = longest.new_zeros(()) if offset is None or not self.q else offset.abs().max()
         # Read together: each of them makes the host wait for the device.
         numbers = torch.stack([self.collect[0].sum(), self.square.sum(), longest.sqrt(), furthest])
-        total, spread, longest_row, furthest_offset = numbers.tolist()
-        return total, spread, longest_row, furthest_offset
+        return Sizes(*numbers.tolist())
 
-    @property
-    def total_weight(self) -> float:
-        """Sum of the weights."""
-        return self._sizes[0]
+    def tile_columns(self, rows: int, arrays: int = 1) -> int:
+        """Return how many features a tile of so many rows has, so that it stays in the cache.
 
-    @property
-    def spread(self) -> float:
-        """Sum of `square`: the curvature, over all unknowns, of entries of unit variance."""
-        return self._sizes[1]
-
-    @property
-    def longest(self) -> float:
-        """Largest norm of a row of the matrix."""
-        return self._sizes[2]
-
-    @property
-    def furthest(self) -> float:
-        """Largest magnitude of an offset."""
-        return self._sizes[3]
-
-    def tile_columns(self, rows: int) -> int:
-        """Return how many features a tile of so many rows has, so that it stays in the cache."""
-        return max(1, min(self.q, max(64, self._tile // max(rows, 1))))
+        Several arrays of its size may have to; rows of fewer features than the least that is
+        returned take longer to be read.
+        """
+        columns = self._tile // max(arrays * rows, 1)
+        return max(1, min(self.q, max(_LEAST_COLUMNS, columns)))
 
     def chunk_rows(self, n: int) -> int:
         """Rows of n to be worked on at a time, whatever the number of threads."""

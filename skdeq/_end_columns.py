@@ -18,7 +18,7 @@ from skdeq._family import Family
 from skdeq._loadings import Pins
 from skdeq._setting import Setting
 
-__all__ = ["EndColumns", "end_columns"]
+__all__ = ["EndColumns", "end_columns", "ends_at_infinity"]
 
 
 @dataclass

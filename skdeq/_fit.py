@@ -254,8 +254,10 @@ class _Epochs:
     ----------
     best : tuple of float and LatentModel
         Objective and model, as solved for in training.
+    loose : LatentSolver
+        Of the latents that a step is taken at.
     n_quiet : int
-        Epochs up to the last one that changed next to nothing.
+        Epochs in a row, up to the last one, that changed next to nothing.
     """
 
     def __init__(
@@ -270,7 +272,7 @@ class _Epochs:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimiser, options.max_iter * self._n_batches
         )
-        # To the accuracy that a step can use.
+        # What a step can use.
         self.loose = options.latent_solver.to_within(_LOOSE)
         solved = solve_latents(setting, model, options.latent_solver, rounded=True)
         self._last = mean_objective(setting, self._parameters, solved.value)

@@ -231,15 +231,13 @@ class MapProblem:
         """Sum over the entries of each row what is asked for, tile by tile."""
         expanded = self._predictors(z, rows)
         design = self._design
-        width = design.tile_columns(len(z))
         missing = self._missing
         if missing is not None:
             missing = self._of(missing, rows)
         weighted = design.weight is not None or missing is not None
         canonical = self.family.is_canonical
         statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
-        if not canonical:
-            width = max(1, width // _ENERGY_ARRAYS)
+        width = design.tile_columns(len(z), 1 if canonical else _ENERGY_ARRAYS)
         if hessian:
             width = design.outer.tile_columns(width)
         total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
@@ -302,8 +300,10 @@ class MapProblem:
         # Of the sums that make it up, which may cancel.
         sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
         # An exponential turns the absolute error of a predictor into a relative one.
-        predictor = z.norm(dim=1) * self._design.longest + self._design.furthest
-        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + self._design.total_weight)
+        predictor = z.norm(dim=1) * self._design.sizes.longest + self._design.sizes.furthest
+        return torch.finfo(z.dtype).eps * (
+            (8 + predictor) * sums + self._design.sizes.total_weight
+        )
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         gradient = torch.addcmul(slope.T, z, self.penalty)
@@ -312,7 +312,7 @@ class MapProblem:
     def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
         # A row whose entries have no variance left (an all-zero column of counts whose intercept
         # tends to minus infinity) counts as solved instead of being chased for ever.
-        least = self._design.spread * torch.finfo(z.dtype).eps
+        least = self._design.sizes.spread * torch.finfo(z.dtype).eps
         curvature = curvature.clamp_min(least) / self.r
         return scaled_residual(gradient, z, self.penalty.mean() + curvature)
 
@@ -364,7 +364,7 @@ class MapProblem:
         if constant is None or at is None:
             return None
         moved = (z - at[rows]).square_().sum(1).sqrt_()
-        return self._size[rows] * moved.mul_(-constant * self._design.longest).exp_()
+        return self._size[rows] * moved.mul_(-constant * self._design.sizes.longest).exp_()
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""
@@ -441,7 +441,7 @@ class MapProblem:
         constant = self.family.self_concordance
         if constant is None:
             return torch.zeros(len(step), dtype=torch.bool, device=step.device)
-        return constant * step.norm(dim=1) * self._design.longest <= _SAFE_MOVE
+        return constant * step.norm(dim=1) * self._design.sizes.longest <= _SAFE_MOVE
 
 
 def over_chunks(

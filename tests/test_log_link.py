@@ -104,10 +104,15 @@ def test_its_energy_agrees_with_mpmath_far_out(family, dtype, x):
                     assert float(one[place]) == math.copysign(math.inf, known)
                     continue
                 # Digits that zeta has lost beside the logarithm of a tiny dispersion, and those
-                # that an exponential loses; and terms of the slope may cancel.
+                # that an exponential loses.
                 size = max(abs(zeta), 1.0) + abs(math.log(getattr(family, "dispersion", 1.0)))
+                digits = 4 * size * limits.eps
+                # Terms of the loss and of the slope may cancel. Those of a curvature cannot, but
+                # the share that it is a multiple of may underflow.
+                cancels = known is exact or known is first
+                least = limits.tiny / getattr(family, "dispersion", 1.0)
                 close = pytest.approx(
-                    float(known), rel=4 * size * limits.eps, abs=4 * x * size * limits.eps
+                    float(known), rel=digits, abs=digits * x if cancels else least
                 )
                 assert float(one[place]) == close
 
@@ -144,8 +149,15 @@ def test_transform_of_counts_is_the_ridge_glm_of_scipy():
         return alpha / 2 * z @ z - stats.nbinom.logpmf(x, r, r / (r + mean)).sum()
 
     for row in range(0, 80, 9):
-        found = minimize(objective, np.zeros(2), args=(X[row],), method="BFGS", tol=1e-9)
-        np.testing.assert_allclose(latents[row], found.x, atol=1e-5)
+        found = minimize(
+            objective,
+            np.zeros(2),
+            args=(X[row],),
+            method="Nelder-Mead",
+            options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 1000},
+        )
+        # Half of the digits of the objective are all that it tells of its minimum.
+        np.testing.assert_allclose(latents[row], found.x, atol=1e-6)
         assert objective(latents[row], X[row]) <= found.fun + 1e-9
 
 
@@ -197,13 +209,16 @@ def test_images_are_fitted(family, exposure):
     assert model.map_latents(X).converged.all()
 
 
-@pytest.mark.parametrize(("unit", "dtype"), [(1e-20, np.float32), (1e-170, np.float64)])
-def test_amounts_of_any_size_are_fitted(unit, dtype):
+# In float32 a logarithm of 1e-20 has lost two digits of what is beside it.
+@pytest.mark.parametrize(
+    ("unit", "dtype", "error"), [(1e-20, np.float32, 1e-3), (1e-170, np.float64, 1e-9)]
+)
+def test_amounts_of_any_size_are_fitted(unit, dtype, error):
     X = sample(Gamma(3.0))
     tiny, plain = linked(Gamma(3.0)).fit((unit * X).astype(dtype)), linked(Gamma(3.0)).fit(X)
     scores = plain.transform(X)
     found = tiny.transform((unit * X).astype(dtype))
-    np.testing.assert_allclose(found, scores, atol=1e-3 * np.abs(scores).max())
+    np.testing.assert_allclose(found, scores, atol=error * np.abs(scores).max())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -212,9 +227,9 @@ def test_little_dispersion_is_next_to_poisson(dtype):
     poisson = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
     model = linked(NegativeBinomial(1e-8)).fit(X)
     assert model.converged_ and model.map_latents(X).converged.all()
-    np.testing.assert_allclose(model.score(X), poisson.score(X), rtol=1e-4)
+    np.testing.assert_allclose(model.score(X), poisson.score(X), rtol=1e-6)
     scores = poisson.transform(X)
-    np.testing.assert_allclose(model.transform(X), scores, atol=1e-2 * np.abs(scores).max())
+    np.testing.assert_allclose(model.transform(X), scores, atol=1e-4 * np.abs(scores).max())
 
 
 @pytest.mark.parametrize(("dtype", "alpha"), [(torch.float32, 1e-2), (torch.float64, 1e-3)])
@@ -301,9 +316,8 @@ def test_float32_agrees_with_float64():
     X = sample(NegativeBinomial(0.5))
     single, double = (linked(NegativeBinomial(0.5)).fit(X.astype(t)) for t in ("f4", "f8"))
     scores = double.transform(X)
-    # An objective known to 1e-7 of itself leaves the root of that in its minimum.
     np.testing.assert_allclose(
-        single.transform(X.astype("f4")), scores, atol=1e-3 * np.abs(scores).max()
+        single.transform(X.astype("f4")), scores, atol=1e-4 * np.abs(scores).max()
     )
 
 
