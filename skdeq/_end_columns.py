@@ -85,9 +85,8 @@ def end_columns(X: Any, setting: Setting) -> EndColumns:
     """Find the columns of validated data that are at an end of the support."""
     family = setting.family.exact
     found = [EndColumns(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))]
-    # Of a problem that is not convex more than the intercept may lead to the end; and where the
-    # density has no bound there, no intercept would be better than another.
-    if family.is_convex and not family.base.unbounded_at:
+    # Of a problem that is not convex more than the intercept may lead to the end.
+    if family.is_convex:
         for end in ends_at_infinity(family):
             columns = columns_at(X, end)
             if len(columns):

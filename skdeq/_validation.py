@@ -97,8 +97,9 @@ def warn_of_ends(X, family: Family) -> None:
             warn(
                 f"Column {columns[0]} of X is {end:g} wherever it is observed ({len(columns)} "
                 f"such columns in all). There the density of {family.base!r} grows without "
-                "bound, and the intercept, the objective and score with it: drop such columns, "
-                f"clip X to values short of {end:g}, or use family='bernoulli'.",
+                "bound: no intercept is the most likely one, and the objective and score depend "
+                f"on the one that is taken. Drop such columns, clip X to values short of {end:g}, "
+                "or use family='bernoulli'.",
                 UserWarning,
             )
 
