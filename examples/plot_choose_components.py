@@ -219,6 +219,9 @@ plt.show()
 # * **Digits have no such number.** The likelihood is nearly level from 20 to 25 components, and a
 #   classifier needs fewer: its accuracy is highest at 15. If prediction is the purpose, put the
 #   model into a pipeline and search by accuracy instead.
+# * **The prior has a say.** The latents are integrated out over it, and components of very unequal
+#   strength do not fit it. :func:`~skdeq.model_selection.entrywise_cross_val_score` holds single
+#   entries out instead of rows, and does not ask for it.
 # * **It costs time:** a fit of the model takes many times as long as one of PCA, and a search
 #   takes as many fits. It is an approximation, too: Laplace's method is exact for Gaussian data
 #   only.

@@ -9,7 +9,15 @@ from skdeq._implicit_em import ImplicitEMEncoder
 from skdeq._show_versions import show_versions
 from skdeq._version import __version__
 
-_SUBMODULES = ("families", "fixed_point", "implicit", "inspection", "nn", "objectives")
+_SUBMODULES = (
+    "families",
+    "fixed_point",
+    "implicit",
+    "inspection",
+    "model_selection",
+    "nn",
+    "objectives",
+)
 
 __all__ = [
     "DEQClassifier",

@@ -136,6 +136,16 @@ class FittedLatents(LatentLayout):
         setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
         return self._latents(setting), setting
 
+    def _predictors_given(self, X) -> torch.Tensor:
+        """Linear predictors (n, p) of all entries of rows by their latents and exposures."""
+        result, setting, _ = self._solve(X)
+        model = self._model_for(setting)
+        bottom = split_layers(self._checked(result).value, model.upper)[0]
+        predictors = torch.addmm(model.intercept, bottom, model.loadings.T)
+        if setting.row_offset is not None:
+            predictors += setting.row_offset.unsqueeze(1)
+        return predictors
+
     def _check_exposure(self) -> None:
         if (self.exposure is None) != (self._exposure_profile is None):
             raise ValueError(
