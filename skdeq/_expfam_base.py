@@ -22,7 +22,8 @@ from skdeq._family_checks import check_parts
 from skdeq._fit import Trace, fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latent_model import LatentModel
-from skdeq._latents import fit_start_map, solve_latents, typical_variance
+from skdeq._latent_starts import fit_start_map
+from skdeq._latents import solve_latents, typical_variance
 from skdeq._loadings import FreeLoadings, KernelLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress

@@ -23,7 +23,7 @@ from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
 from skdeq._hierarchy import has_one_solution
-from skdeq._latents import laplace_log_likelihood
+from skdeq._likelihood import laplace_log_likelihood
 from skdeq._loadings import KernelLoadings
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike

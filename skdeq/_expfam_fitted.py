@@ -20,7 +20,7 @@ from skdeq._setting import Setting
 from skdeq._validation import check_observations
 from skdeq._warn import warn
 from skdeq.families import Family
-from skdeq.fixed_point import SOLVERS_WITH_HESSIANS, FixedPointResult
+from skdeq.fixed_point import SOLVERS, FixedPointResult
 
 __all__ = ["FittedLatents", "narrowed", "predictor_of", "top_latents"]
 
@@ -164,7 +164,7 @@ class FittedLatents(LatentLayout):
         if left:
             worst = float(result.residual[~result.converged].max())
             advice = [f"increase fixed_point_max_iter={self.fixed_point_max_iter}"]
-            if self.fixed_point not in ("auto", *SOLVERS_WITH_HESSIANS):
+            if self.fixed_point != "auto" and not SOLVERS[self.fixed_point].forms_hessians:
                 advice.append("use fixed_point='newton'")
             if worst <= self.fixed_point_tol:
                 # More iterations do not help.

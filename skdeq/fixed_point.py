@@ -10,11 +10,14 @@ The three solvers are plain functions with one signature::
     solver(problem, start, *, tol, max_iter) -> FixedPointResult
 
 and ask of the problem only what they use (see :class:`FixedPointProblem`). Adding a solver is
-one function and one row of :data:`SOLVERS`, and its name in one of the sets below where it forms
-Hessians or must start from zero.
+one function and one row of :data:`SOLVERS`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from ._fixed_point_problem import FixedPointProblem, FixedPointResult
 from ._map_iterations import anderson, picard
@@ -22,23 +25,49 @@ from ._newton import newton
 
 __all__ = [
     "SOLVERS",
-    "SOLVERS_FROM_ZERO",
-    "SOLVERS_WITH_HESSIANS",
     "FixedPointProblem",
     "FixedPointResult",
+    "Solver",
     "anderson",
     "newton",
     "picard",
 ]
 
-SOLVERS: dict[str, Callable[..., FixedPointResult]] = {
-    "newton": newton,
-    "anderson": anderson,
-    "picard": picard,
-}
 
-# Those that form the Hessian of every row: they work on fewer rows at a time, and have no use for
-# a curvature that rows share.
-SOLVERS_WITH_HESSIANS = frozenset({"newton"})
-# Those that start from zero, as the layer does, although a better start is known.
-SOLVERS_FROM_ZERO = frozenset({"picard"})
+@dataclass(frozen=True)
+class Solver:
+    """A solver and what is to be known of it; called, it solves.
+
+    Attributes
+    ----------
+    solve : callable
+        Of the signature above.
+    forms_hessians : bool
+        Whether it forms the Hessian of every row: it works on fewer rows at a time, and has no
+        use for a curvature that rows share.
+    starts_from_zero : bool
+        Whether it starts from zero, as the layer does, although a better start is known.
+
+    Examples
+    --------
+    >>> from skdeq.fixed_point import SOLVERS
+    >>> SOLVERS["newton"].forms_hessians
+    True
+    """
+
+    solve: Callable[..., FixedPointResult]
+    forms_hessians: bool = False
+    starts_from_zero: bool = False
+
+    def __call__(
+        self, problem: Any, start: Tensor, *, tol: float, max_iter: int
+    ) -> FixedPointResult:
+        """Solve a problem."""
+        return self.solve(problem, start, tol=tol, max_iter=max_iter)
+
+
+SOLVERS: dict[str, Solver] = {
+    "newton": Solver(newton, forms_hessians=True),
+    "anderson": Solver(anderson),
+    "picard": Solver(picard, starts_from_zero=True),
+}

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from skdeq import ExpFamilyDEQ
 from skdeq._fixed_point_problem import certified_residual
-from skdeq._latents import _gradient_at_zero
+from skdeq._latent_starts import _gradient_at_zero
 from skdeq._map_problem import MapProblem
 from skdeq._newton import NewtonSystems
 from skdeq._observations import CompressedRows, Observations

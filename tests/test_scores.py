@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from skdeq import ExpFamilyDEQ
-from skdeq._latents import _log_determinant
+from skdeq._likelihood import _log_determinant
 from skdeq.families import ReLU
 
 
