@@ -18,6 +18,7 @@ __all__ = [
     "chunks_in_turn",
     "free_memory",
     "map_chunks",
+    "sum_chunks",
     "one_ahead",
     "parallel_chunks",
     "tile_entries",
@@ -36,6 +37,9 @@ _TILE_ENTRIES_CUDA = 2**26
 _LEAST_ENTRIES_CUDA = 2**20
 
 Result = TypeVar("Result")
+
+# Sums that `sum_chunks` holds at a time, and so the most threads that it keeps busy.
+_MOST_SUMS = 16
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -157,6 +161,29 @@ def map_chunks(
     if pool is None or device.type != "cpu" or n_rows <= size:
         return list(chunks_in_turn(function, n_rows, size, device))
     return list(pool.map(lambda bound: function(*bound), chunk_bounds(n_rows, size)))
+
+
+def sum_chunks(
+    function: Callable[[int, int], torch.Tensor], n_rows: int, size: int, device: torch.device
+) -> torch.Tensor:
+    """Add up ``function(start, stop)`` over every chunk, with no more than a few sums at hand.
+
+    As :func:`map_chunks`, whose results would all be there at once: of wide data, where chunks
+    have few rows, many times the data.
+    """
+
+    def work(first: int, last: int) -> torch.Tensor:
+        parts = chunks_in_turn(
+            lambda start, stop: function(first + start, first + stop), last - first, size, device
+        )
+        # Not what the function has returned: it may be a view, or expanded.
+        total = next(parts).clone()
+        for part in parts:
+            total += part
+        return total
+
+    together = size * max(1, -(-n_rows // (size * _MOST_SUMS)))
+    return torch.stack(map_chunks(work, n_rows, together, device)).sum(0)
 
 
 def chunks_in_turn(

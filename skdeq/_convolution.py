@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from skdeq._chunks import sum_chunks
+
 __all__ = ["Convolution"]
+
+# Entries of the patches that are cut out at a time.
+_PATCH_ENTRIES = 2**20
 
 
 class _Places(NamedTuple):
@@ -138,10 +143,16 @@ class Convolution:
             residual = residual * weight.sqrt().unsqueeze(1)
             total = weight.double().sum()
         places = _places_on(residual.device, self)
-        patches = residual.new_zeros(rows, self.n_places, self.n_weights)
-        patches[:, places.place, places.weight] = residual[:, places.pixel]
-        patches = patches.reshape(-1, self.n_weights).double()
-        values, vectors = torch.linalg.eigh(patches.T @ patches / (total * self.n_places))
+
+        def squares(start: int, stop: int) -> Tensor:
+            patches = residual.new_zeros(stop - start, self.n_places, self.n_weights).double()
+            patches[:, places.place, places.weight] = residual[start:stop, places.pixel].double()
+            patches = patches.reshape(-1, self.n_weights)
+            return patches.T @ patches
+
+        size = max(1, _PATCH_ENTRIES // (self.n_places * self.n_weights))
+        gram = sum_chunks(squares, rows, size, residual.device)
+        values, vectors = torch.linalg.eigh(gram / (total * self.n_places))
         values, vectors = values.flip(0)[:n_kernels], vectors.flip(1)[:, :n_kernels]
         # Each pixel is under this many places of a kernel, which share the work.
         cover = self.kernel_size[0] * self.kernel_size[1] / self.stride**2

@@ -185,7 +185,7 @@ def has_short_digits(X, family: Family) -> bool:
     else:
         parts = map_chunks(lambda i, j: largest(X[i:j]), len(X), chunk_rows(X), X.device)
         size = float(torch.stack(parts).amax())
-    constant = family.base.self_concordance == 0
+    constant = family.base.has_constant_variance
     return (size**2 if constant else size) > _MOST_IN_SINGLE
 
 
@@ -235,6 +235,7 @@ def log_base_rows(X, family: Family) -> Tensor:
         logs = torch.full(block.shape, at_zero, dtype=torch.float64, device=block.device)
         return logs.masked_scatter_(places, values(block.masked_select(places))).sum(1)
 
-    sparse = sp.issparse(X)
-    work, device = (stored, torch.device("cpu")) if sparse else (dense, X.device)
-    return torch.cat(map_chunks(work, n, max(1, CHUNK_ENTRIES // p), device))
+    if sp.issparse(X):
+        size = max(1, n * CHUNK_ENTRIES // max(X.nnz, 1))
+        return torch.cat(map_chunks(stored, n, size, torch.device("cpu")))
+    return torch.cat(map_chunks(dense, n, max(1, CHUNK_ENTRIES // p), X.device))

@@ -123,7 +123,8 @@ class ComponentsDisplay:
         estimator : estimator instance
             Fitted :class:`~skdeq.ExpFamilyDEQ`, :class:`~skdeq.ImplicitEMEncoder`,
             :class:`~sklearn.decomposition.PCA` or another estimator with `components_`, or a
-            pipeline that ends in one.
+            pipeline that ends in one. Along a component of the encoder the distance grows: what
+            it claims is the negative, ``ComponentsDisplay(components=-encoder.components_)``.
         component_indices : int or array-like of int, default=None
             Components to draw, counted from 0; None draws all.
         image_shape : pair of int, default=None

@@ -22,8 +22,8 @@ from skdeq._encoder_fit import (
     DEAD_VARIANCE,
     EncoderOptions,
     EncoderTrainer,
-    encode,
 )
+from skdeq._encoding import distance_variances, encode
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._validation import check_rows, weighted_rows
 from skdeq._warn import warn
@@ -126,12 +126,9 @@ class EncoderBase(BaseEstimator):
         self._weights = to_numpy(trainer.weights)
         self._location, self._scale = to_numpy(preconditioner.location), preconditioner.scale
         self._solver_state = trainer.state()
-        distance = self._encode(rows, trainer.weights.device)
-        if weight is None:
-            variance = distance.var(0, correction=0)
-        else:
-            share = weight / weight.sum()
-            variance = share @ (distance - share @ distance).square_()
+        kept = to_tensor(self.components_), to_tensor(self.intercept_)
+        device = trainer.weights.device
+        variance = distance_variances(rows, weight, *kept, self._activation(), device)
         self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
 
     def _warn_if_dead(self) -> None:

@@ -3,16 +3,14 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks, one_ahead, parallel_chunks
-from skdeq._host_data import fetched, is_away
-from skdeq._observations import CompressedRows
+from skdeq._chunks import one_ahead, parallel_chunks
 from skdeq._optimiser_state import (
     OptimiserState,
     forget_steps,
@@ -36,7 +34,6 @@ __all__ = [
     "EncoderOptions",
     "EncoderTrace",
     "EncoderTrainer",
-    "encode",
     "start_weights",
 ]
 
@@ -48,8 +45,6 @@ _START = 0.2
 # is met by components of next to no variance, and without it 64 components of four features end
 # up with distances in the thousands.
 _LONGEST = 10.0
-# Entries of the rows that are encoded at a time.
-_CHUNK_ENTRIES = 2**22
 # Entries of the batches that are gathered at a time, by another thread: rows lie far apart in
 # memory.
 _GATHERED_ENTRIES = 2**20
@@ -401,49 +396,3 @@ class EncoderTrainer:
         if self.optimiser is not None and [set(known) for known in state] == expected:
             restore_state(self.optimiser, state)
             self.run.forget()
-
-
-def encode(
-    rows: Tensor | CompressedRows,
-    components: Tensor,
-    intercept: Tensor,
-    activation: Activation,
-    device: torch.device,
-) -> Tensor:
-    """Distances (n, K) of rows as they came, in their own float type or float32.
-
-    Parameters
-    ----------
-    rows : Tensor of shape (n, p), of any real type, or CompressedRows
-    components : Tensor of shape (K, p)
-    intercept : Tensor of shape (K,)
-    activation : Activation
-    device : torch.device
-        Where to compute. Rows that lie elsewhere are brought there chunk by chunk, and their
-        distances back.
-
-    Returns
-    -------
-    Tensor of shape (n, K)
-        On the device of the rows.
-    """
-    stored = rows.values if isinstance(rows, CompressedRows) else rows
-    dtype = stored.dtype if stored.is_floating_point() else torch.float32
-    weights = components.to(device, dtype).T.contiguous()
-    bias = intercept.to(device, dtype)
-    n, p = rows.shape
-    away = is_away(rows, device)
-
-    def work(start: int, stop: int) -> Tensor:
-        if isinstance(rows, CompressedRows):
-            some = fetched(rows.slice(start, stop), device) if away else rows
-            matrix = replace(some, values=some.values.to(dtype)).matrix
-            distance = activation.value(matrix @ weights + bias)
-        else:
-            part = fetched(rows[start:stop], device) if away else rows[start:stop]
-            distance = activation.value(torch.addmm(bias, part.to(dtype), weights))
-        return distance.to(rows.device)
-
-    if isinstance(rows, CompressedRows) and not away:
-        return work(0, n)
-    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), device))

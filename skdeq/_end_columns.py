@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from skdeq._base import to_numpy, to_tensor
+from skdeq._base import to_numpy
 from skdeq._data import columns_at, missing_per_column, take_rows
 from skdeq._family import Family
 from skdeq._loadings import Pins
@@ -61,21 +61,18 @@ class EndColumns:
         family, (weight, size) = setting.family.exact, _row_weights(setting)
         rows = np.flatnonzero(weight)
         some = take_rows(X, rows) if len(rows) < len(weight) else X
+        weight, size = weight[rows], size[rows]
         if sp.issparse(some):
             some = some[:, self.columns]
-            entries = to_tensor(some.toarray())
         else:
-            entries = some = some[:, torch.tensor(self.columns, device=some.device)]
+            some = some[:, torch.tensor(self.columns, device=some.device)]
         at_end = np.zeros(len(self), dtype=bool)
         for end in np.unique(self.ends):
             there = columns_at(some, end)
             at_end[there] |= self.ends[there] == end
-        values = entries.double().cpu()
-        observed = ~torch.isnan(values)
-        statistic = torch.where(observed, family.sufficient(values), 0.0)
-        sizes = self.sizes + size[rows] @ observed.numpy()
+        sizes = self.sizes + size.sum() - missing_per_column(some, size)
         total = _statistics(family, self.ends).numpy() * self.sizes
-        total += weight[rows] @ statistic.numpy()
+        total += _sums_of_statistics(family, some, weight)
         left = EndColumns(self.columns[at_end], self.ends[at_end], sizes[at_end])
         intercept = family.link(torch.tensor((total / sizes)[~at_end], device="cpu"))
         return left, _pins(self.columns[~at_end], intercept, setting)
@@ -108,6 +105,19 @@ def ends_at_infinity(family: Family) -> list[float]:
 
 def _statistics(family: Family, x: np.ndarray) -> Tensor:
     return family.sufficient(torch.tensor(x, dtype=torch.float64, device="cpu"))
+
+
+def _sums_of_statistics(family: Family, X: Any, weight: np.ndarray) -> np.ndarray:
+    """Sum T(x) over the observed entries of each column under the weights of the rows."""
+    if not sp.issparse(X):
+        return weight @ _observed_statistics(family, to_numpy(X.double()))
+    # T(0) is zero where entries that are not stored are.
+    by_entry = np.repeat(weight, np.diff(X.indptr)) * _observed_statistics(family, X.data)
+    return np.bincount(X.indices, by_entry, minlength=X.shape[1])
+
+
+def _observed_statistics(family: Family, x: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(x), 0.0, _statistics(family, x).numpy())
 
 
 def _pins(columns: np.ndarray, intercept: Tensor, setting: Setting) -> Pins:

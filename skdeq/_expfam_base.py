@@ -162,10 +162,14 @@ class LatentVariableEstimator(FittedLatents):
                 f"{penalties} outweigh all that the rows tell. Lower weight_decay, or check that "
                 "the rows differ"
             )
-            if family.base.self_concordance == 0:
+            if family.base.has_constant_variance:
                 what += (
                     "; the family has a fixed variance, so that X may have to be scaled to more"
                 )
+            elif family.scales_with_exposure and family.base.support.low_inclusive:
+                what += "; of counts, that they are no fractions, which tell less"
+            elif family.is_canonical and family.log_link() is not None:
+                what += "; or take canonical_map='log', which does not depend on the unit of X"
             what += "."
         elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
             what = (
@@ -195,7 +199,7 @@ class LatentVariableEstimator(FittedLatents):
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Keep what was fitted, and what it explains of the rows."""
         to_scores = self._keep(setting, model, moments)
-        from_scores = torch.linalg.pinv(to_scores)
+        from_scores = setting.loadings.from_scores(to_scores)
         latents = top_latents(model.latents, model.upper)
         explained, removed, largest = explained_deviance(
             setting,

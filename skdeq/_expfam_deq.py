@@ -409,9 +409,10 @@ class ExpFamilyDEQ(
         with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
             setting, model = self._fit(X, sample_weight, progress)
             left_out = setting.observations.shape[0] < _num_samples(X)
-            if left_out or not has_one_solution(setting.family, model.upper):
-                # Rows of zero weight took no part in the fit; and where a row has several
-                # solutions, the one that `transform` finds is the one to return.
+            several = not has_one_solution(setting.family, model.upper)
+            if left_out or several or self._starts_from_zero:
+                # Rows of zero weight took no part in the fit; and where the start makes a
+                # difference, what `transform` finds is what to return.
                 return self._output(self._codes(X), X)
             result = self._checked(self._latents(setting, model.latents))
             return self._output(narrowed(result, setting).value, X)
@@ -493,6 +494,25 @@ class ExpFamilyDEQ(
         """
         return returned(get_family(self.family).mean(self._natural_parameters(Z)), Z)
 
+    def row_exposures(self, X: MatrixLike) -> Output:
+        """Size of each row beside an average training row, its size factor.
+
+        Of what is observed of it: the total of these entries over what an average training row
+        has of the same. Times `inverse_transform`, which is at unit exposure, it is what the
+        model expects of the row, missing entries included.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_samples, n_features)
+            Observations in the support of the family; NaN where missing.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), float64
+            Ones with ``exposure=None``; next to nothing for a row without any count.
+        """
+        return returned(self._row_exposures(X), X)
+
     def score_samples(self, X: MatrixLike) -> Output:
         """Laplace approximation of the marginal log-likelihood of each row.
 
@@ -562,6 +582,7 @@ class ExpFamilyDEQ(
         >>> ExpFamilyDEQ(family="bernoulli").architecture().activation
         'sigmoid(zeta)'
         """
+        self._validate_params()
         self._family()
         return describe(
             get_family(self.family),

@@ -70,6 +70,10 @@ class FittedLatents(LatentLayout):
             self.fixed_point, float(self.fixed_point_tol), int(self.fixed_point_max_iter)
         )
 
+    @property
+    def _starts_from_zero(self) -> bool:
+        return self.fixed_point != "auto" and SOLVERS[self.fixed_point].starts_from_zero
+
     def _layer_sizes(self) -> tuple[int, ...]:
         """Numbers of features and of latents of each layer as fitted; empty before."""
         if getattr(self, "loadings_", None) is None:
@@ -106,7 +110,8 @@ class FittedLatents(LatentLayout):
             predictor = latents @ to_tensor(self.components_).to(latents) + model.intercept
         else:
             if not self.whiten:
-                latents = latents @ torch.linalg.pinv(to_tensor(self._to_scores).to(latents))
+                to_scores = to_tensor(self._to_scores).to(latents)
+                latents = latents @ self._loadings().from_scores(to_scores)
             predictor = predictor_of(latents, model, self._hidden_map())
         return predictor.to(codes.dtype)
 
@@ -135,6 +140,16 @@ class FittedLatents(LatentLayout):
         self._check_exposure()
         setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
         return self._latents(setting), setting
+
+    def _row_exposures(self, X) -> torch.Tensor:
+        """Size factors (n,) of rows, where they are."""
+        check_is_fitted(self)
+        X = check_observations(self, X, self._family(), reset=False)
+        self._check_exposure()
+        device = resolve_device(self.device, X)
+        if self.exposure is None:
+            return torch.ones(X.shape[0], dtype=torch.float64, device=device)
+        return exposure_offset(X, self._exposure_profile)[0].exp().to(device)
 
     def _predictors_given(self, X) -> torch.Tensor:
         """Linear predictors (n, p) of all entries of rows by their latents and exposures."""

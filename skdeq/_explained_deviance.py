@@ -120,7 +120,7 @@ class _Line:
 
         Zero where the variance is constant: the slope is linear, and one interval exact.
         """
-        if self._family.is_canonical and self._family.base.self_concordance == 0:
+        if self._family.has_constant_variance:
             return 0.0
 
         def work(rows: Tensor) -> Tensor:

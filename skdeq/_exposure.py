@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from skdeq._base import to_numpy, to_tensor
-from skdeq._chunks import map_chunks
+from skdeq._chunks import map_chunks, sum_chunks
 from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
 
 __all__ = ["exposure_offset", "log_exposure"]
 
-# A row without any count says nothing of its size. This share of the mean exposure keeps its
-# logarithm finite and its expected counts negligible.
-_LEAST_EXPOSURE = 1e-6
+# Log exposure of a row without any count: finite, with expected counts below rounding.
+_OF_NOTHING = -40.0
+# Share of a mean row that entries are expected to have at least: where training saw none of them
+# it says nothing of the size of a row that has.
+_LEAST_EXPECTED = 1e-6
 # Share of the weight of all rows below which a column counts as not seen: in float64 less may be
 # the rounding of a difference.
 _LEAST_SEEN = 1e-9
@@ -31,8 +33,11 @@ def log_exposure(total: Tensor, expected: Tensor, whole: Tensor) -> Tensor:
     whole : Tensor of shape ()
         Of all entries of a mean row.
     """
-    least = (_LEAST_EXPOSURE * whole).clamp_min(torch.finfo(total.dtype).tiny)
-    return torch.log(torch.maximum(total, least) / torch.maximum(expected, least))
+    least = (_LEAST_EXPECTED * whole).clamp_min(torch.finfo(total.dtype).tiny)
+    is_empty = total <= 0
+    # Not the logarithm of nought, whose gradient is none.
+    ratio = torch.where(is_empty, 1.0, total) / torch.maximum(expected, least)
+    return torch.where(is_empty, _OF_NOTHING, torch.log(ratio))
 
 
 def exposure_offset(
@@ -87,16 +92,16 @@ def _sums_observed(X, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return totals, columns
 
     weights = to_tensor(weight, X.device)
+    total = weights.new_empty(len(X), dtype=torch.float64)
 
-    def work(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def work(start: int, stop: int) -> Tensor:
         rows = X[start:stop].to(torch.float64, copy=True)
         if bool(torch.isnan(rows.sum())):
             rows.nan_to_num_(0.0)
-        return rows.sum(1), weights[start:stop] @ rows
+        total[start:stop] = rows.sum(1)
+        return weights[start:stop] @ rows
 
-    parts = map_chunks(work, len(X), chunk_rows(X), X.device)
-    total = torch.cat([one for one, _ in parts])
-    column = torch.stack([two for _, two in parts]).sum(0)
+    column = sum_chunks(work, len(X), chunk_rows(X), X.device)
     return to_numpy(total), to_numpy(column)
 
 

@@ -137,6 +137,11 @@ class Family(_EqualByParameters, ABC):
     canonical_map: "CanonicalMap"
 
     @property
+    def has_constant_variance(self) -> bool:
+        """Whether the variance is the same for every linear predictor: of least squares."""
+        return self.self_concordance == 0
+
+    @property
     def sufficient_formula(self) -> str:
         """T(x) as text: x itself, unless a class has a statistic of its own."""
         return "x" if type(self).sufficient is Family.sufficient else "T(x)"

@@ -1,5 +1,7 @@
 """Check of families and canonical maps of the user's own, before a fit trips over them."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,8 +10,11 @@ from ._interval import Interval
 
 __all__ = ["check_intervals", "check_parts"]
 
+_REALS = Interval(-math.inf, math.inf, False, False)
 # Linear predictors between this and its negative are tried.
 _FARTHEST = 4.0
+# Step of difference quotients, relative, and how well a derivative has to agree with them.
+_STEP, _AGREEMENT = 1e-4, 1e-3
 
 
 def check_intervals(part: Family | CanonicalMap) -> None:
@@ -45,8 +50,8 @@ def check_parts(family: Family, device: torch.device) -> None:
     TypeError
         For methods that do not return a tensor of the shape and type of their argument.
     ValueError
-        For a log-partition that is not finite or a negative variance in the domain, and for a map
-        that leads out of it.
+        For a log-partition that is not finite or a negative variance in the domain, for a map
+        that leads out of it, and for a derivative that is not that of its function.
     """
     base = family.base
     eta = torch.full((2, 1), base.domain.inside(), dtype=torch.float64, device=device)
@@ -66,6 +71,8 @@ def check_parts(family: Family, device: torch.device) -> None:
             f"The variance of family {type(base).__name__} is {float(variance[0]):g} {at}: it "
             "must be the second derivative of log_partition, which is convex."
         )
+    for function, derivative in (("log_partition", "mean"), ("mean", "variance")):
+        _check_derivative(base, function, derivative, eta, base.domain)
     if not family.is_canonical:
         _check_map(family.canonical_map, base, eta)
 
@@ -80,6 +87,31 @@ def _check_map(canonical_map: CanonicalMap, base: Family, eta: Tensor) -> None:
             f"of family {base.name!r}: linear predictors from {-_FARTHEST:g} to {_FARTHEST:g} go "
             f"to {float(found[0]):g} ... {float(found[-1]):g}."
         )
+
+    # Off the places where maps usually have kinks.
+    _check_derivative(canonical_map, "value", "derivative", zeta + 0.123, _REALS)
+
+
+def _check_derivative(
+    part: Family | CanonicalMap, function: str, derivative: str, x: Tensor, domain: Interval
+) -> None:
+    """Hold a derivative against difference quotients at most points of a column (n, 1)."""
+    step = _STEP * (1 + x.abs())
+    low, high = x - step, x + step
+    if not bool(domain.contains(low).all() & domain.contains(high).all()):
+        return
+    quotient = (_value(part, function, high) - _value(part, function, low)) / (2 * step)
+    found = _value(part, derivative, x)
+    largest = torch.maximum(quotient.abs(), found.abs())
+    # What overflows or has a kink says nothing.
+    differs = (quotient - found).abs() > _AGREEMENT * (1e-3 + largest)
+    if differs.sum() * 2 <= len(x):
+        return
+    at = int(differs.int().argmax())
+    raise ValueError(
+        f"{derivative} of {type(part).__name__} is {float(found[at]):g} at {float(x[at]):g}, but "
+        f"must be the derivative of {function}, which is {float(quotient[at]):g} there."
+    )
 
 
 def _value(part: Family | CanonicalMap, method: str, x: Tensor) -> Tensor:

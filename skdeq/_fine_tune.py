@@ -26,8 +26,8 @@ _PARAMETERS = """
     backbone : ExpFamilyDEQ, FrozenEstimator of one, or None, default=None
         The model of X below the head. A fitted one is copied and trained further; one that is
         not, or whose parameters ask for another model since, is fitted first, without the
-        targets. None is a Gaussian one of 16 components, of fewer than 100 rows of 2, or of as
-        many as there are features; to choose its parameters, or search over them, give one.
+        targets. None is a Gaussian one of 16 components, or of fewer: one for every four rows,
+        and as many as there are features; to choose its parameters, or search over them, give one.
         Cloning, as
         cross-validation and grid searches do, unfits it like any other parameter, unless it is
         in a :class:`~sklearn.frozen.FrozenEstimator`.
@@ -149,7 +149,7 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
     True
     """
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @_fit_context(prefer_skip_nested_validation=False)
     def partial_fit(
         self,
         X: MatrixLike,
@@ -317,7 +317,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
     True
     """
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @_fit_context(prefer_skip_nested_validation=False)
     def partial_fit(
         self, X: MatrixLike, y: VectorLike, sample_weight: VectorLike | None = None
     ) -> Self:

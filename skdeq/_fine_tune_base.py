@@ -137,7 +137,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         self.random_state = random_state
         self.verbose = verbose
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: MatrixLike, y: VectorLike, sample_weight: VectorLike | None = None) -> Self:
         """Pretrain the backbone unless it is fitted, and train it and the head together.
 

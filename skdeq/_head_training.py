@@ -371,7 +371,10 @@ class HeadTrainer:
         generator = torch.Generator("cpu")
         generator.set_state(self.generator.get_state())
         # The data are only read; and not every torch can copy a generator.
-        ended = copy.deepcopy(self, {id(self.rows): self.rows, id(self.generator): generator})
+        data = (self.rows, self._rows_at_hand, self._targets, self._sample_weight)
+        ended = copy.deepcopy(
+            self, {**{id(one): one for one in data}, id(self.generator): generator}
+        )
         ended._end(kept)
         return ended
 

@@ -36,7 +36,7 @@ def solve_hessians(problem: MapProblem, latents: Tensor, right: Tensor, tol: flo
     Tensor of shape (n, r)
     """
     # Hessians of Gaussian rows differ in their gaps alone: one or two iterations.
-    iterate = problem.r >= _LEAST_RANK_TO_ITERATE or problem.family.self_concordance == 0
+    iterate = problem.r >= _LEAST_RANK_TO_ITERATE or problem.family.has_constant_variance
 
     def work(low: int, high: int) -> Tensor:
         part, z, b = problem.chunk(low, high), latents[low:high], right[low:high]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import map_chunks, sum_chunks
 from skdeq._hierarchy import HierarchyProblem
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import better_of, first_latents
@@ -96,7 +96,7 @@ class _Plan:
             solver.max_iter,
             is_bounded,
             is_finished,
-            is_quadratic=is_finished and family.self_concordance == 0,
+            is_quadratic=is_finished and family.has_constant_variance,
             stages=stages,
         )
 
@@ -275,7 +275,7 @@ def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
         return variance.sum(0, dtype=wide) if side == "rows" else variance.mean(1, dtype=wide)
 
     size = max(1, min(_VARIANCE_CHUNK, _VARIANCE_CHUNK * _VARIANCE_COLUMNS // len(loadings)))
-    parts = map_chunks(work, len(latents), size, latents.device)
     if side == "rows":
-        return (torch.stack(parts).sum(0) / len(latents)).to(latents.dtype)
-    return torch.cat(parts).to(latents.dtype)
+        total = sum_chunks(work, len(latents), size, latents.device)
+        return (total / len(latents)).to(latents.dtype)
+    return torch.cat(map_chunks(work, len(latents), size, latents.device)).to(latents.dtype)

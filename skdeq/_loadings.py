@@ -6,6 +6,7 @@ Whatever fits a model by its gradient moves a list of tensors, and asks here wha
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from skdeq._convolution import Convolution
@@ -69,6 +70,10 @@ class FreeLoadings:
         """View of the intercepts (p,) next to the data."""
         return parameters[0][:, -1]
 
+    def from_scores(self, to_scores: Tensor) -> Tensor:
+        """Pseudo-inverse (k, k) of the map from latents to scores."""
+        return torch.linalg.pinv(to_scores)
+
     def hold_(self, parameters: list[Tensor], pins: Pins) -> None:
         """Take back, in place, what the parameters of columns that are not fitted have moved."""
         pins.hold_(parameters[0][:, -1], parameters[0][:, :-1])
@@ -113,6 +118,12 @@ class KernelLoadings:
     def intercept(self, parameters: list[Tensor]) -> Tensor:
         """View of the intercepts (p,)."""
         return parameters[1]
+
+    def from_scores(self, to_scores: Tensor) -> Tensor:
+        """Pseudo-inverse (K * places, K * places) of the map from latents to scores."""
+        every = self.convolution.n_places
+        change = to_scores[::every, ::every]
+        return self.convolution.everywhere(torch.linalg.pinv(change))
 
     def hold_(self, parameters: list[Tensor], pins: Pins) -> None:
         """Take back, in place, what the intercepts that are not fitted have moved."""

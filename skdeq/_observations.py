@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from skdeq._chunks import chunk_bounds, map_chunks, tile_entries
+from skdeq._chunks import chunk_bounds, map_chunks, sum_chunks, tile_entries
 
 # Entries that one thread multiplies at a time.
 _PRODUCT_ENTRIES = 2**20
@@ -223,10 +223,10 @@ class Observations:
             return product
         # Wide data, such as the transpose of tall: split the sum, and add up in order.
         size = max(64, _PRODUCT_ENTRIES // n)
-        parts = map_chunks(
+        total = sum_chunks(
             lambda low, high: right[:, low:high] @ values[:, low:high].T, p, size, self.device
         )
-        return torch.stack(parts).sum(0).T.contiguous()
+        return total.T.contiguous()
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """T(x) of some rows as a dense matrix (stop - start, p)."""

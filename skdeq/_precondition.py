@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._chunks import sum_chunks
 from skdeq._host_data import fetched, is_away
 from skdeq._observations import CompressedRows, Observations
 
@@ -93,13 +93,9 @@ def fit_preconditioner(
     head = dense_rows(0, min(n, _SHIFT_ROWS, size))
     shift = head.double().mean(0)
 
-    chunks = -(-n // size)
-    # One array for the sums of all chunks: small ones, allocated between the large temporaries
-    # and kept, would keep the allocator from giving the memory of those back.
-    sums = shift.new_zeros(2, chunks, p)
-    farthest = shift.new_zeros(2, chunks)
+    farthest = shift.new_zeros(2, -(-n // size))
 
-    def work(start: int, stop: int) -> None:
+    def work(start: int, stop: int) -> Tensor:
         rows = torch.sub(dense_rows(start, stop), shift)
         weight = rows.new_ones(len(rows))
         if sample_weight is not None:
@@ -108,15 +104,15 @@ def fit_preconditioner(
         second = weight @ rows.square_()
         # A weight stands for so many rows, of which this is one.
         distance, place = torch.where(weight > 0, rows.sum(1), 0.0).max(0)
-        # Nothing is added unless all of it was computed: a chunk may be tried again in halves.
-        sums[:, start // size] += torch.stack([first, second])
+        # By chunk, of which there may be halves.
         so_far = farthest[:, start // size]
         here = torch.stack([distance, (place + start).to(distance)])
         farthest[:, start // size] = torch.where(distance > so_far[0], here, so_far)
+        return torch.stack([first, second])
 
-    map_chunks(work, n, size, shift.device)
+    sums = sum_chunks(work, n, size, shift.device)
     total = float(n) if sample_weight is None else float(sample_weight.double().sum())
-    first, second = sums.sum(1) / total
+    first, second = sums / total
     variance = (second - first.square()).clamp_min(0)
     # The point is off a constant column by the rounding of a mean, a few eps of its value, and
     # nearly all of the square of that is subtracted again: what is left is less than the square

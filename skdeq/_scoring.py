@@ -184,7 +184,7 @@ class Scoring:
         """
         setting = self.setting
         family, decay = setting.family, setting.weight_decay
-        known = family.is_canonical and family.self_concordance == 0 and decay > 0
+        known = family.has_constant_variance and decay > 0
         if not known or setting.observations.missing is not None:
             return model
         variance = family.variance(model.intercept[:1])

@@ -1,14 +1,13 @@
 """Start of a fit: leading left singular vectors of the residuals of the intercept-only model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks, tile_entries
+from skdeq._chunks import map_chunks, sum_chunks, tile_entries
 from skdeq._family import Family
 from skdeq._latent_model import LatentModel
 from skdeq._observations import CompressedRows
@@ -37,7 +36,8 @@ _MOST_OF_MEDIAN = 3.0
 _LEAST_ROWS = 256
 # The same for each column of the sums, which are then an eighth of the data at most.
 _LEAST_ROWS_PER_SUM = 8
-# Share of the weights below which a column counts as not seen: rounding of a difference.
+# Share of the weights below which a column counts as not seen: rounding of a difference, which
+# may be one of float32.
 _LEAST_SEEN = 1e-6
 
 
@@ -119,11 +119,11 @@ class _DenseResiduals(_Residuals):
         gaps = self.observations.missing_rows(low, high)
         return rows if gaps is None else rows.masked_fill_(gaps, 0)
 
-    def _over_rows(self, work: Callable[[int, int], Tensor], sums: int = 1) -> list[Tensor]:
+    def _chunks(self, sums: int = 1) -> tuple[int, int, torch.device]:
+        """Return how many rows there are and go into a chunk, of so many sums, and the device."""
         n, p = self.observations.shape
         least = max(_LEAST_ROWS, _LEAST_ROWS_PER_SUM * sums)
-        size = max(least, tile_entries(self.mean) // p)
-        return map_chunks(work, n, size, self.mean.device)
+        return n, max(least, tile_entries(self.mean) // p), self.mean.device
 
     def _average(self) -> Tensor:
         def work(low: int, high: int) -> Tensor:
@@ -135,11 +135,15 @@ class _DenseResiduals(_Residuals):
                 [weight @ entries.masked_fill(gaps, 0), weight @ (~gaps).to(weight)]
             )
 
-        return self._mean_of(*torch.stack(self._over_rows(work)).sum(0))
+        return self._mean_of(*sum_chunks(work, *self._chunks()))
 
     def times(self, matrix: Tensor) -> Tensor:
         """Return R M."""
-        return torch.cat(self._over_rows(lambda low, high: self._rows(low, high) @ matrix))
+
+        def work(low: int, high: int) -> Tensor:
+            return self._rows(low, high) @ matrix
+
+        return torch.cat(map_chunks(work, *self._chunks()))
 
     def normal(self, matrix: Tensor) -> Tensor:
         """Return R^T S R M."""
@@ -148,7 +152,7 @@ class _DenseResiduals(_Residuals):
             rows = self._rows(low, high)
             return rows.T @ (rows @ matrix).mul_(self.weight[low:high].unsqueeze(1))
 
-        return torch.stack(self._over_rows(work, matrix.shape[1])).sum(0)
+        return sum_chunks(work, *self._chunks(matrix.shape[1]))
 
 
 class _SparseResiduals(_Residuals):
@@ -245,7 +249,7 @@ def spectral_start(
         setting, intercept, on_link_scale
     )
     exact = n * p <= _EXACT_ENTRIES and n * p * min(n, p) <= _EXACT_FLOPS
-    if setting.family.self_concordance == 0 and setting.observations.missing is None:
+    if setting.family.has_constant_variance and setting.observations.missing is None:
         exact |= min(n, p) <= _EXACT_SHARE * n_components
     if exact and p <= n:
         basis = torch.eye(p, dtype=intercept.dtype, device=intercept.device)

@@ -1,6 +1,8 @@
 """Chunks of rows: their order, their threads, and what happens where memory runs out."""
 
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +11,9 @@ import scipy.sparse as sp
 import torch
 from conftest import CUDA, sample
 
-import skdeq._encoder_fit as encoder_fit
 import skdeq._precondition as precondition
 from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
-from skdeq._chunks import map_chunks, parallel_chunks, working_entries
+from skdeq._chunks import map_chunks, parallel_chunks, sum_chunks, working_entries
 from skdeq._design import Design
 from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
@@ -38,6 +39,56 @@ def test_chunks_in_order():
     for device in (torch.device("cpu"), CARD):
         with parallel_chunks():
             assert spans(100, device) == ([(0, 40), (40, 80), (80, 100)], [])
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), CARD], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 40, 41, 5000])
+def test_sums_of_chunks_with_a_few_at_hand(n_rows, device):
+    values = torch.randn(n_rows, 3, generator=torch.Generator().manual_seed(0))
+    alive, most = weakref.WeakSet(), []
+
+    def work(start, stop):
+        part = values[start:stop].double().sum(0)
+        alive.add(part)
+        most.append(len(alive))
+        return part
+
+    plain = sum_chunks(work, n_rows, 40, device)
+    torch.testing.assert_close(plain, values.double().sum(0))
+    with parallel_chunks():
+        assert torch.equal(sum_chunks(work, n_rows, 40, device), plain)
+    gc.collect()
+    # What is returned is not kept: of each thread the one at work and the one before.
+    assert max(most) <= 2 * torch.get_num_threads()
+
+
+def test_sums_of_chunks_that_are_halved():
+    def work(start, stop):
+        if stop - start > 10:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return torch.arange(start, stop).sum()
+
+    with pytest.warns(RuntimeWarning, match="40 rows at a time were too many"):
+        assert int(sum_chunks(work, 1000, 40, CARD)) == 999 * 500
+
+
+def test_wide_sparse_data_are_fitted_without_sums_of_every_chunk(monkeypatch):
+    n, p = 300, 40_000
+    rng = np.random.default_rng(0)
+    X = sp.random_array((n, p), density=1e-4, rng=rng, format="csr", dtype=np.float32)
+    X.data[:] = 1
+    largest = []
+    stack = torch.stack
+
+    def watched(tensors, *args, **options):
+        result = stack(tensors, *args, **options)
+        largest.append(result.nbytes)
+        return result
+
+    monkeypatch.setattr(torch, "stack", watched)
+    ExpFamilyDEQ(1, family="poisson", max_iter=1, tol=1, random_state=0).fit(X)
+    # It was a row of p numbers in float64 for every five rows.
+    assert max(largest) <= 17 * 8 * p
 
 
 class TestOutOfMemory:
@@ -148,9 +199,7 @@ def test_encoding_short_of_memory(monkeypatch, one_thread):
     X = sample("gaussian", n=500, p=6)
     encoder = ImplicitEMEncoder(4, max_iter=2, random_state=0).fit(X)
     expected = encoder.transform(X)
-    short_of_memory(
-        monkeypatch, encoder_fit.torch, "addmm", 100, lambda bias, rows, weights: len(rows)
-    )
+    short_of_memory(monkeypatch, torch, "addmm", 100, lambda bias, rows, weights: len(rows))
     with pytest.warns(RuntimeWarning, match="500 rows at a time"):
         np.testing.assert_allclose(encoder.transform(X), expected, rtol=1e-12)
 

@@ -338,3 +338,22 @@ def test_weights_of_the_first_kernels_are_repetition():
         for one, w in ((X, weight.double()), (repeated, None))
     ]
     torch.testing.assert_close(*kernels)
+
+
+def test_the_way_back_from_scores_is_that_of_the_whole_matrix():
+    convolution = Convolution((1, 6, 6), (3, 3), 2)
+    change = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change[:, 2] = 0
+    to_scores = convolution.everywhere(change)
+    expected = torch.linalg.pinv(to_scores)
+    found = KernelLoadings(convolution).from_scores(to_scores)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_first_kernels_do_not_depend_on_the_patches_at_a_time(monkeypatch):
+    convolution = Convolution((1, 6, 6), (3, 3), 1)
+    residual = torch.randn(50, 36, generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    whole = convolution.start(residual, weight, 3)
+    monkeypatch.setattr("skdeq._convolution._PATCH_ENTRIES", 1000)
+    torch.testing.assert_close(convolution.start(residual, weight, 3), whole)

@@ -17,6 +17,7 @@ from skdeq.families import (
     Interval,
     NegativeBinomial,
     Poisson,
+    Softplus,
 )
 from skdeq.nn import EquilibriumLayer
 
@@ -178,6 +179,16 @@ class Exponential(CanonicalMap):
         ("mean", lambda self, eta: eta.float(), r"\(2, 1\) and torch.float32"),
         ("variance", lambda self, eta: -eta.exp(), "variance of family Wrong is -1 at eta = 0"),
         ("log_partition", lambda self, eta: eta * torch.nan, "Wrong is not finite at eta = 0"),
+        (
+            "mean",
+            lambda self, eta: 1.5 * eta.exp(),
+            "mean of Wrong is 1.5 at 0, but must be the derivative of log_partition, which is 1",
+        ),
+        (
+            "variance",
+            lambda self, eta: 2 * eta.exp(),
+            "variance of Wrong is 2 at 0, but must be the derivative of mean, which is 1 there",
+        ),
     ],
 )
 def test_a_family_of_ones_own_is_told_what_is_wrong_with_it(name, part, message):
@@ -186,6 +197,27 @@ def test_a_family_of_ones_own_is_told_what_is_wrong_with_it(name, part, message)
     wrong = type("Wrong", (Counts,), {name: part})()
     with pytest.raises((TypeError, ValueError), match=message):
         ExpFamilyDEQ(1, family=wrong).fit(X)
+
+
+def test_a_map_with_the_derivative_of_another_is_refused():
+    class Wrong(Softplus):
+        """Has the slope of another map."""
+
+        def derivative(self, zeta):
+            return 1 - zeta.tanh() ** 2
+
+    class Leaky(CanonicalMap):
+        """Has a kink, which is no fault."""
+
+        def value(self, zeta):
+            return torch.where(zeta > 0, zeta, 0.1 * zeta)
+
+        def derivative(self, zeta):
+            return torch.where(zeta > 0, 1.0, 0.1).to(zeta)
+
+    with pytest.raises(ValueError, match="derivative of Wrong is .* derivative of value"):
+        ExpFamilyDEQ(1, canonical_map=Wrong()).fit(sample("gaussian"))
+    ExpFamilyDEQ(1, canonical_map=Leaky(), max_iter=2, tol=1).fit(sample("gaussian"))
 
 
 def test_a_map_that_leads_out_of_the_domain_is_refused():

@@ -9,6 +9,7 @@ import torch
 from conftest import sample
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
+from skdeq._end_columns import EndColumns
 from skdeq.families import Binomial, Family, Interval, NegativeBinomial, get_family
 
 # Fits that are cut short on purpose say so.
@@ -256,3 +257,27 @@ def test_narrow_supports_and_late_fine_tuning():
     tuned.backbone_.partial_fit(X)
     assert np.abs(tuned.backbone_.loadings_[4] - loadings).max() < 0.03
     assert np.abs(tuned.backbone_.loadings_[4]).max() > 0
+
+
+def test_sparse_batches_of_a_stream_stay_sparse(monkeypatch):
+    rng = np.random.default_rng(0)
+    X = sp.random_array((40, 3000), density=0.002, rng=rng, format="csr")
+    X.data[:] = rng.integers(1, 4, size=X.nnz)
+    X.data[3] = np.nan
+    weight = rng.integers(0, 3, size=40).astype(float)
+    dense = ExpFamilyDEQ(1, family="poisson", max_iter=2, random_state=0).partial_fit(X[:20])
+    stream = pickle.loads(pickle.dumps(dense))
+    dense.partial_fit(X[20:].toarray(), sample_weight=weight[20:])
+    after = EndColumns.after
+
+    def watched(self, *args):
+        with monkeypatch.context() as patch:
+            # Nothing is made dense.
+            patch.setattr(sp.csr_array, "toarray", None)
+            patch.setattr(sp.csr_array, "todense", None)
+            return after(self, *args)
+
+    monkeypatch.setattr(EndColumns, "after", watched)
+    stream.partial_fit(X[20:], sample_weight=weight[20:])
+    np.testing.assert_allclose(stream.intercept_, dense.intercept_, rtol=1e-9)
+    np.testing.assert_allclose(stream._ends["sizes"], dense._ends["sizes"], rtol=1e-12)

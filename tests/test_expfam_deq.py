@@ -1407,3 +1407,26 @@ def test_rows_that_lack_digits_are_not_told_to_iterate():
     with pytest.warns(ConvergenceWarning, match="digits do not tell the latents apart") as caught:
         deq.transform(X)
     assert "fixed_point_max_iter" not in str(caught[0].message)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_what_starts_from_zero_does_so_in_fit_transform():
+    X = sample("bernoulli", n=200, p=8)
+    model = ExpFamilyDEQ(2, family="bernoulli", fixed_point="picard", fixed_point_max_iter=5)
+    np.testing.assert_array_equal(model.fit_transform(X), model.transform(X))
+
+
+def test_architecture_is_of_parameters_that_are_valid():
+    with pytest.raises(ValueError, match="n_components"):
+        ExpFamilyDEQ(0).architecture()
+    with pytest.raises(ValueError, match="hidden_layer_sizes"):
+        ExpFamilyDEQ(hidden_layer_sizes=5).architecture()
+
+
+def test_components_of_fractions_of_counts_are_empty_and_said_to_be_so():
+    X = sample("poisson", n=100, p=8) / 1e4
+    with pytest.warns(ConvergenceWarning, match="of counts, that they are no fractions"):
+        ExpFamilyDEQ(2, family="poisson").fit(X)
+    X = sample("gamma", n=100, p=8) * 1e-4
+    with pytest.warns(ConvergenceWarning, match="canonical_map='log', which does not depend"):
+        ExpFamilyDEQ(2, family="gamma").fit(X)

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
+import torch
 from conftest import sample
 from numpy.testing import assert_allclose
+from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
 from skdeq import ExpFamilyDEQ
@@ -61,3 +64,51 @@ def test_exposures_of_float32_counts_that_are_worked_on_in_float64():
     assert narrow.loss_curve_[-1] == pytest.approx(wide.loss_curve_[-1], rel=1e-5)
     # Rows differ in size alone: the intercept is that of their mean, to the noise of 1e-3.
     assert_allclose(narrow.intercept_, np.log(X.mean(axis=0)), atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_of_next_to_nothing_have_the_exposure_that_they_have(size, dtype):
+    rng = np.random.default_rng(0)
+    rate = np.exp(rng.normal(size=(200, 2)) @ rng.normal(size=(2, 20)) * 0.4)
+    X = rng.poisson(size * rate).astype(dtype)
+    deq = ExpFamilyDEQ(2, family="poisson", exposure="total", whiten=True, random_state=0).fit(X)
+    rows = np.zeros((3, 20), dtype=dtype)
+    rows[1, 3], rows[2, [3, 5]] = 1, (3, 2)
+    latents = deq.transform(rows)
+    loadings, intercept = deq.loadings_.astype(float), deq.intercept_.astype(float)
+    np.testing.assert_allclose(latents[0], 0, atol=1e-6)
+    assert deq.score_samples(rows[:1])[0] == pytest.approx(0, abs=1e-6)
+    for row, found in zip(rows[1:].astype(float), latents[1:], strict=True):
+        offset = np.log(row.sum() / X.sum(axis=1, dtype=float).mean())
+
+        def objective(z, row=row, offset=offset):
+            predictor = intercept + offset + loadings @ z
+            return (np.exp(predictor) - row * predictor).sum() + z @ z / 2
+
+        np.testing.assert_allclose(found, minimize(objective, np.zeros(2)).x, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [np.asarray, sp.csr_array, torch.from_numpy])
+def test_row_exposures_are_those_of_what_is_observed(make):
+    rng = np.random.default_rng(0)
+    size = rng.lognormal(size=(300, 1))
+    expected = size * np.exp(rng.normal(size=(300, 2)) @ rng.normal(size=(2, 30)) * 0.4)
+    whole = rng.poisson(expected).astype(float)
+    whole[5] = 0
+    is_missing = rng.random(whole.shape) < np.where(np.arange(300) % 2, 0.1, 0.8)[:, None]
+    is_missing[:, 0] = is_missing[5] = False
+    X = np.where(is_missing, np.nan, whole)
+    deq = ExpFamilyDEQ(2, family="poisson", exposure="total", random_state=0).fit(make(X))
+    found = np.asarray(deq.row_exposures(make(X)))
+    profile = np.nanmean(X, axis=0)
+    known = np.nansum(X, axis=1) / (~np.isnan(X) @ profile)
+    assert found.shape == (300,)
+    np.testing.assert_allclose(found, known, rtol=1e-12, atol=1e-12)
+    # What is missing is filled in at the exposure of its row, however much of it is missing.
+    filled = found[:, None] * deq.inverse_transform(deq.transform(X))
+    for gaps in (np.isnan(X[1::2]), np.isnan(X[::2])):
+        part = slice(1, None, 2) if gaps.mean() < 0.5 else slice(None, None, 2)
+        assert filled[part][gaps].sum() == pytest.approx(whole[part][gaps].sum(), rel=0.1)
+    plain = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(make(X))
+    np.testing.assert_array_equal(np.asarray(plain.row_exposures(make(X))), 1)

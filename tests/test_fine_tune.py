@@ -811,9 +811,10 @@ def test_the_default_backbone_has_the_components_that_the_data_allow():
     fitted.set_params(max_iter=1, learning_rate=1e-12).fit(X[:900], y[:900])
     np.testing.assert_allclose(fitted.coefs_[0], head, atol=1e-9)  # went on from there
     few = DEQClassifier(max_iter=1)
-    assert few.fit(X[:99], y[:99]).backbone_.components_.shape == (2, 64)
-    weight = np.arange(99) % 3 + 1
-    assert few.fit(X[:99], y[:99], weight).backbone_.components_.shape == (16, 64)
+    assert few.fit(X[:7], y[:7]).backbone_.components_.shape == (2, 64)
+    assert few.fit(X[:40], y[:40]).backbone_.components_.shape == (10, 64)
+    weight = np.arange(40) % 3 + 1
+    assert few.fit(X[:40], y[:40], weight).backbone_.components_.shape == (16, 64)
     assert few.fit(X[:150, 2:5], y[:150]).backbone_.components_.shape == (3, 3)
 
 
@@ -884,3 +885,32 @@ def test_a_backbone_that_went_blind_begins_again_with_shorter_steps():
     with pytest.warns(ConvergenceWarning, match=message):
         network.fit(X, y)
     assert network.score(X, y) > 0.8
+
+
+@pytest.mark.parametrize("Estimator", [DEQClassifier, DEQRegressor])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", -1),
+        ("weight_decay", -1),
+        ("n_components", 0),
+        ("n_components", 2.5),
+        ("solver", "foo"),
+        ("fixed_point", "foo"),
+        ("max_iter", 0),
+        ("tol", -1),
+    ],
+)
+def test_parameters_of_the_backbone_are_validated(Estimator, name, value):
+    X, y = load_iris(return_X_y=True)
+    backbone = ExpFamilyDEQ(2, random_state=0)
+    message = f"The '{name}' parameter of ExpFamilyDEQ"
+    with pytest.raises(ValueError, match=message):
+        Estimator(clone(backbone).set_params(**{name: value})).fit(X, y)
+    first = {"classes": [0, 1, 2]} if Estimator is DEQClassifier else {}
+    with pytest.raises(ValueError, match=message):
+        Estimator(clone(backbone).set_params(**{name: value})).partial_fit(X, y, **first)
+    # One that is fitted is not fitted again.
+    fitted = backbone.fit(X).set_params(**{name: value})
+    with pytest.raises(ValueError, match=message):
+        Estimator(fitted).fit(X, y)

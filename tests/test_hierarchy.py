@@ -392,3 +392,15 @@ def test_intercepts_stay_in_the_domain_below_maps_without_negative_values(seed, 
     deq = ExpFamilyDEQ(2, family="gamma", random_state=0, **options).fit(X)
     assert (deq.intercept_ < 0).all()
     assert np.isfinite(deq.loss_curve_).all()
+
+
+@pytest.mark.parametrize("hidden_map", ["relu", "softplus", "tanh"])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_weights_of_one_minibatch_are_repetition(hidden_map):
+    X = sample("poisson", n=60, p=8)
+    weight = np.random.default_rng(0).integers(0, 4, size=60)
+    options = {"hidden_layer_sizes": (3,), "hidden_map": hidden_map, "batch_size": 500}
+    options |= {"max_iter": 5, "tol": 0, "family": "poisson", "random_state": 0}
+    weighted = ExpFamilyDEQ(2, **options).fit(X, sample_weight=weight)
+    repeated = ExpFamilyDEQ(2, **options).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(weighted.loadings_, repeated.loadings_, atol=1e-6)

@@ -27,7 +27,9 @@ from sklearn.preprocessing import StandardScaler, scale
 from test_objectives import plain_loss
 
 from skdeq import ImplicitEMEncoder
+from skdeq._data import to_rows
 from skdeq._encoder_fit import DEAD_VARIANCE, EncoderTrainer, start_weights
+from skdeq._encoding import distance_variances
 from skdeq._precondition import RowBatches, fit_preconditioner
 from skdeq.objectives import ACTIVATIONS, ObjectiveWeights, PairActivation, ReLU
 
@@ -819,3 +821,26 @@ def test_weights_are_repetition_with_dead_components_revived():
     repeated = encoder(8, **options).fit(np.repeat(X, weight, axis=0))
     assert len(weighted.dead_components_)
     np.testing.assert_allclose(weighted.components_, repeated.components_, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("make", [np.asarray, sp.csr_array, lambda X: X.astype(np.uint8)])
+def test_variances_of_distances_are_those_of_the_features(make, weighted, monkeypatch):
+    monkeypatch.setattr("skdeq._encoding._CHUNK_ENTRIES", 300)
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 200, size=(150, 10)).astype(np.float32)
+    weight = rng.integers(1, 4, size=150).astype(np.float32) if weighted else None
+    encoder = ImplicitEMEncoder(4, max_iter=2, random_state=0).fit(X)
+    made, cpu = make(X), torch.device("cpu")
+    rows = to_rows(made if sp.issparse(made) else torch.from_numpy(made), cpu)
+    found = distance_variances(
+        rows,
+        None if weight is None else torch.from_numpy(weight),
+        torch.from_numpy(encoder.components_),
+        torch.from_numpy(encoder.intercept_),
+        encoder._activation(),
+        cpu,
+    )
+    features = encoder.transform(X).astype(float)
+    expected = np.cov(features.T, aweights=weight, ddof=0).diagonal()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)

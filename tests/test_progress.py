@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder, _progress
+from skdeq._head_training import HeadTrainer
 
 # Fits that are cut short on purpose say so.
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -434,3 +435,20 @@ def test_without_the_callbacks_of_scikit_learn(monkeypatch, capsys):
     counter = Counter().fit([[0.0]])
     assert counter.n_iter_ == 2 and not hasattr(counter, "set_callbacks")
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2
+
+
+def test_what_a_callback_is_given_has_no_data_of_its_own(monkeypatch):
+    pytest.importorskip("sklearn.callback")
+    ended, shared = HeadTrainer._ended, []
+
+    def watched(self, kept):
+        copied = ended(self, kept)
+        names = ("rows", "_rows_at_hand", "_targets")
+        shared.append([getattr(copied, name) is getattr(self, name) for name in names])
+        return copied
+
+    monkeypatch.setattr(HeadTrainer, "_ended", watched)
+    X, y = data("classifier")
+    MAKE["classifier"]().set_callbacks(Recorder()).fit(X, y)
+    assert shared
+    assert all(map(all, shared))
