@@ -10,6 +10,8 @@ from torch import Tensor
 from ._family import CanonicalMap, Family
 from ._interval import Interval
 
+__all__ = ["Identity", "LogLink", "MappedFamily", "ReLU", "Softplus", "Tanh", "through"]
+
 # A linear predictor at which a map of limited range is as good as at its end, and at which a
 # fit can still start.
 _NEAR_THE_END = 4.0

@@ -18,6 +18,7 @@ __all__ = [
     "chunks_in_turn",
     "free_memory",
     "map_chunks",
+    "out_of_inference_mode",
     "sum_chunks",
     "one_ahead",
     "parallel_chunks",

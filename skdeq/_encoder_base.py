@@ -12,7 +12,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
+    numpy_dtype,
     resolve_device,
+    seeded_generator,
     to_numpy,
     to_tensor,
     torch_dtype,
@@ -21,11 +23,14 @@ from skdeq._data import to_rows
 from skdeq._encoder_fit import (
     DEAD_VARIANCE,
     EncoderOptions,
+    EncoderTrace,
     EncoderTrainer,
+    start_weights,
 )
 from skdeq._encoding import distance_variances, encode
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
-from skdeq._validation import check_rows, weighted_rows
+from skdeq._progress import Progress
+from skdeq._validation import check_rows, check_stream_type, refuse_changes, weighted_rows
 from skdeq._warn import warn
 from skdeq.objectives import ACTIVATIONS, Activation, ObjectiveWeights, PairActivation
 
@@ -84,6 +89,12 @@ class EncoderBase(BaseEstimator):
             sample_weight = (sample_weight / mean).astype(sample_weight.dtype)
         return X, sample_weight
 
+    def _brought(self, X, weights) -> tuple:
+        """Device to compute on, and validated rows and their weights where they are kept."""
+        device = resolve_device(self.device, X)
+        rows = to_rows(X, device)
+        return device, rows, None if weights is None else to_tensor(weights, rows.device)
+
     def _preconditioner(self, rows, weight) -> Preconditioner:
         """Location and scale of the training rows; warn if one of them decides."""
         preconditioner = fit_preconditioner(rows, weight)
@@ -97,6 +108,91 @@ class EncoderBase(BaseEstimator):
                 UserWarning,
             )
         return preconditioner
+
+    def _fit(self, X, sample_weight, progress: Progress) -> None:
+        X, weights = self._training(X, sample_weight, reset=True)
+        generator = seeded_generator(self.random_state)
+        device, rows, weight = self._brought(X, weights)
+        preconditioner = self._preconditioner(rows, weight)
+        shape = (self.n_components, X.shape[1])
+        if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
+            start = preconditioner.unfold(to_tensor(self.components_), to_tensor(self.intercept_))
+        else:
+            start = start_weights(int(self.n_components), preconditioner.varying, generator)
+        dtype = numpy_dtype(X)
+        trainer = self._trainer(rows, device, preconditioner, start, dtype)
+
+        def store(estimator: EncoderBase, trace: EncoderTrace) -> None:
+            estimator._store(rows, weight, preconditioner, trainer, trace, dtype)
+            estimator._n_batches = 0
+
+        progress.store = store
+        trace = trainer.fit(weight, generator, progress)
+        self._warn_of_undone(trainer, trace)
+        store(self, trace)
+        self._warn_if_dead()
+
+    def _warn_of_undone(self, trainer: EncoderTrainer, trace: EncoderTrace) -> None:
+        """Warn of epochs that were taken back."""
+        if not trace.undone:
+            return
+        what = (
+            f"{trace.undone} epochs of {type(self).__name__} led nowhere or diverged and "
+            "were undone; the others took smaller steps, in the end with "
+            f"{trainer.learning_rate:g} in place of learning_rate={self.learning_rate:g}"
+        )
+        if not trace.n_iter:
+            what = (
+                f"No epoch of {type(self).__name__} was kept: with learning_rate="
+                f"{self.learning_rate:g} all of them diverged, and the components are "
+                "those of the random start"
+            )
+        advice = f" or momentum={self.momentum:g}" if self.momentum else ""
+        warn(f"{what}: lower it{advice}.", ConvergenceWarning)
+
+    def _update(self, X, sample_weight) -> None:
+        """Learn from a batch of a stream."""
+        first = getattr(self, "components_", None) is None
+        X, weights = self._training(X, sample_weight, reset=first, least=2 if first else 1)
+        device, rows, weight = self._brought(X, weights)
+        if first:
+            preconditioner = self._preconditioner(rows, weight)
+            if not bool(preconditioner.varying.any()):
+                raise ValueError(
+                    f"All {X.shape[0]} rows of the first batch are the same, but they settle "
+                    f"location and scale of the stream for {type(self).__name__}: begin with "
+                    "rows that differ."
+                )
+            generator = seeded_generator(self.random_state)
+            start = start_weights(int(self.n_components), preconditioner.varying, generator)
+            past, state = EncoderTrace(), []
+        else:
+            check_stream_type(X, self.components_)
+            refuse_changes(self._changes())
+            if X.shape[0] == 1:
+                warn(
+                    "One row has no variance to learn from: the batch was left out by "
+                    f"{type(self).__name__}.",
+                    UserWarning,
+                )
+                return
+            start = to_tensor(self._weights)
+            preconditioner = Preconditioner(
+                to_tensor(self._location), self._scale, start[:, :-1].any(0)
+            )
+            past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
+            state = self._solver_state
+        trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))
+        trainer.load_state(state)
+        trace = trainer.fit_once(weight, past)
+        if trace.undone:
+            warn(
+                f"These rows made {type(self).__name__} diverge and were left out: lower "
+                f"learning_rate={self.learning_rate:g}.",
+                ConvergenceWarning,
+            )
+        self._store(rows, weight, preconditioner, trainer, trace, numpy_dtype(X))
+        self._warn_if_dead()
 
     def _trainer(self, rows, device, preconditioner, start, dtype) -> EncoderTrainer:
         options = EncoderOptions(

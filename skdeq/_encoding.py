@@ -13,8 +13,8 @@ from skdeq.objectives import Activation
 
 __all__ = ["distance_variances", "encode"]
 
-# Entries of the rows that are encoded at a time.
-_CHUNK_ENTRIES = 2**22
+# Entries of the rows that are encoded at a time, and of their distances.
+_CHUNK_ENTRIES = 2**21
 
 
 def encode(
@@ -45,7 +45,7 @@ def encode(
     work = _encoding(rows, components, intercept, activation, device)
     if isinstance(rows, CompressedRows) and not is_away(rows, device):
         return work(0, n)
-    return torch.cat(map_chunks(work, n, max(1, _CHUNK_ENTRIES // p), device))
+    return torch.cat(map_chunks(work, n, _chunk_rows(p, components), device))
 
 
 def distance_variances(
@@ -62,7 +62,7 @@ def distance_variances(
     """
     n, p = rows.shape
     distances = _encoding(rows, components, intercept, activation, device)
-    size = max(1, _CHUNK_ENTRIES // p)
+    size = _chunk_rows(p, components)
     # Squares about a point among them lose no digits to a distant origin.
     shift = distances(0, min(n, size)).double().mean(0)
 
@@ -75,6 +75,10 @@ def distance_variances(
     first, second = sum_chunks(work, n, size, device)
     total = n if weight is None else weight.double().sum()
     return (second / total - (first / total).square()).clamp_min(0)
+
+
+def _chunk_rows(p: int, components: Tensor) -> int:
+    return max(1, _CHUNK_ENTRIES // max(p, len(components)))
 
 
 def _encoding(

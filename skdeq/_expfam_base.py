@@ -96,12 +96,13 @@ class LatentVariableEstimator(FittedLatents):
 
     def _fit(self, X, sample_weight, progress: Progress):
         sizes = self._sizes()
-        n_given = _num_samples(X)
+        given = X
         X, setting, profile = self._training(X, sample_weight, reset=True)
         ends = end_columns(X, setting)
         setting = ends.pinned(setting)
         n, p = X.shape
-        found = f"n_samples={n}{' with positive weight' if n < n_given else ''}, n_features={p}"
+        kept = " with positive weight" if n < _num_samples(given) else ""
+        found = f"n_samples={n}{kept}, n_features={p}"
         loadings = setting.loadings
         if isinstance(loadings, KernelLoadings) and loadings.convolution.n_pixels != p:
             raise ValueError(

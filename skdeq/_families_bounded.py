@@ -13,6 +13,8 @@ from ._families_positive import log_multiplicity
 from ._family import Family
 from ._interval import Interval
 
+__all__ = ["Bernoulli", "Binomial", "ContinuousBernoulli", "Gaussian", "Rademacher"]
+
 # Numbers between one half and one whose product is a normal float32.
 _FACTORS = 112
 

@@ -12,6 +12,8 @@ from ._canonical import Identity
 from ._family import CanonicalMap, Family
 from ._interval import Interval
 
+__all__ = ["Gamma", "NegativeBinomial", "Poisson", "log_multiplicity"]
+
 _NEGATIVE = Interval(-math.inf, 0, False, False)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ._interval import Interval, invert_increasing
 
+__all__ = ["CanonicalMap", "Family"]
+
 _REALS = Interval(-math.inf, math.inf, False, False)
 
 # Stands for an infinite natural parameter: exp(-40) is below the rounding of float64.

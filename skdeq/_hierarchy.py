@@ -29,6 +29,7 @@ from skdeq.families import Gaussian
 __all__ = [
     "HiddenLayer",
     "HierarchyProblem",
+    "has_one_solution",
     "hidden_energies",
     "hidden_gradients",
     "layer_family",

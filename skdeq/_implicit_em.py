@@ -6,24 +6,20 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     _fit_context,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
     VersionedMixin,
-    numpy_dtype,
     resolve_device,
     returned,
-    seeded_generator,
     stream_batch,
     to_tensor,
 )
@@ -31,19 +27,13 @@ from skdeq._data import to_rows
 from skdeq._encoder_base import EncoderBase
 from skdeq._encoder_fit import (
     OPTIMISERS,
-    EncoderTrace,
-    start_weights,
 )
-from skdeq._precondition import Preconditioner
 from skdeq._progress import CallbackSupportMixin, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq._validation import (
     check_codes,
     check_rows,
-    check_stream_type,
-    refuse_changes,
 )
-from skdeq._warn import warn
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -296,44 +286,7 @@ class ImplicitEMEncoder(
         with training(
             self, X, y, sample_weight, unit="epoch", most=int(self.max_iter)
         ) as progress:
-            X, weights = self._training(X, sample_weight, reset=True)
-            generator = seeded_generator(self.random_state)
-            device = resolve_device(self.device, X)
-            rows = to_rows(X, device)
-            weight = None if weights is None else to_tensor(weights, rows.device)
-            preconditioner = self._preconditioner(rows, weight)
-            shape = (self.n_components, X.shape[1])
-            if self.warm_start and getattr(self, "components_", np.empty(0)).shape == shape:
-                start = preconditioner.unfold(
-                    to_tensor(self.components_), to_tensor(self.intercept_)
-                )
-            else:
-                start = start_weights(int(self.n_components), preconditioner.varying, generator)
-            dtype = numpy_dtype(X)
-            trainer = self._trainer(rows, device, preconditioner, start, dtype)
-
-            def store(estimator: ImplicitEMEncoder, trace: EncoderTrace) -> None:
-                estimator._store(rows, weight, preconditioner, trainer, trace, dtype)
-                estimator._n_batches = 0
-
-            progress.store = store
-            trace = trainer.fit(weight, generator, progress)
-            if trace.undone:
-                what = (
-                    f"{trace.undone} epochs of {type(self).__name__} led nowhere or diverged and "
-                    "were undone; the others took smaller steps, in the end with "
-                    f"{trainer.learning_rate:g} in place of learning_rate={self.learning_rate:g}"
-                )
-                if not trace.n_iter:
-                    what = (
-                        f"No epoch of {type(self).__name__} was kept: with learning_rate="
-                        f"{self.learning_rate:g} all of them diverged, and the components are "
-                        "those of the random start"
-                    )
-                advice = f" or momentum={self.momentum:g}" if self.momentum else ""
-                warn(f"{what}: lower it{advice}.", ConvergenceWarning)
-            store(self, trace)
-            self._warn_if_dead()
+            self._fit(X, sample_weight, progress)
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -362,49 +315,7 @@ class ImplicitEMEncoder(
             The updated estimator.
         """
         with stream_batch(self), training(self, X, y, sample_weight):
-            first = getattr(self, "components_", None) is None
-            X, weights = self._training(X, sample_weight, reset=first, least=2 if first else 1)
-            device = resolve_device(self.device, X)
-            rows = to_rows(X, device)
-            weight = None if weights is None else to_tensor(weights, rows.device)
-            if first:
-                preconditioner = self._preconditioner(rows, weight)
-                if not bool(preconditioner.varying.any()):
-                    raise ValueError(
-                        f"All {X.shape[0]} rows of the first batch are the same, but they settle "
-                        f"location and scale of the stream for {type(self).__name__}: begin with "
-                        "rows that differ."
-                    )
-                generator = seeded_generator(self.random_state)
-                start = start_weights(int(self.n_components), preconditioner.varying, generator)
-                past, state = EncoderTrace(), []
-            else:
-                check_stream_type(X, self.components_)
-                refuse_changes(self._changes())
-                if X.shape[0] == 1:
-                    warn(
-                        "One row has no variance to learn from: the batch was left out by "
-                        f"{type(self).__name__}.",
-                        UserWarning,
-                    )
-                    return self
-                start = to_tensor(self._weights)
-                preconditioner = Preconditioner(
-                    to_tensor(self._location), self._scale, start[:, :-1].any(0)
-                )
-                past = EncoderTrace(list(self.loss_curve_), self.n_iter_)
-                state = self._solver_state
-            trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))
-            trainer.load_state(state)
-            trace = trainer.fit_once(weight, past)
-            if trace.undone:
-                warn(
-                    f"These rows made {type(self).__name__} diverge and were left out: lower "
-                    f"learning_rate={self.learning_rate:g}.",
-                    ConvergenceWarning,
-                )
-            self._store(rows, weight, preconditioner, trainer, trace, numpy_dtype(X))
-            self._warn_if_dead()
+            self._update(X, sample_weight)
         return self
 
     def transform(self, X: MatrixLike) -> Output:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["StepRunner", "capture_graph"]
+__all__ = ["Capture", "StepRunner", "capture_graph"]
 
 # Calls with inputs of one shape before they are captured: the first ones allocate buffers and
 # choose kernels, and none of that belongs into a graph; and a capture, which waits for the device,

@@ -1,13 +1,17 @@
 """What `import skdeq` loads, and what it makes available."""
 
+import ast
+import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import skdeq
 
+PACKAGE = Path(skdeq.__file__).parent
 # Each takes a tenth of a second or more (torch's compiler as long as all of torch), and no
 # public name needs one before it is used.
 HEAVY = [
@@ -61,3 +65,18 @@ def test_star_import_gives_the_public_names():
     names = {}
     exec("from skdeq import *", names)
     assert set(skdeq.__all__) <= names.keys()
+
+
+def test_private_modules_say_what_others_use_of_them():
+    modules = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+    for user, tree in modules.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            of_package = node.level or node.module.startswith("skdeq.")
+            name = node.module.rpartition(".")[2]
+            if not of_package or name not in modules.keys() - {"_version"} or name[0] != "_":
+                continue
+            public = importlib.import_module(f"skdeq.{name}").__all__
+            missing = {one.name for one in node.names if one.name[0] != "_"} - {*public}
+            assert not missing, f"{user} has {missing} from {name}"
