@@ -1,5 +1,7 @@
 """Explained deviances against their definition: exposures, gaps, weights and large data."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from conftest import sample
 from numpy.testing import assert_allclose
 
 from skdeq import ExpFamilyDEQ
-from skdeq._explained_deviance import _drawn_rows
+from skdeq._explained_deviance import _drawn_rows, _Line, explained_deviance
+from skdeq._observations import Observations
+from skdeq._setting import Setting
 from skdeq.families import get_family
 
 
@@ -53,3 +57,51 @@ def test_shares_of_many_entries_are_those_of_the_rows_drawn(monkeypatch):
     null = law.deviance(some, torch.log(torch.from_numpy(X).mean(0)).expand_as(some)).sum()
     expected = 1 - float(law.deviance(some, eta).sum() / null)
     assert deq.explained_deviance_ratio_.sum() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_rows_drawn_do_not_show_all_rows_do(monkeypatch):
+    monkeypatch.setattr("skdeq._explained_deviance._DEVIANCE_ENTRIES", 1)
+    monkeypatch.setattr("skdeq._explained_deviance._LEAST_ROWS", 50)
+    X = np.ones((400, 6))
+    others = np.setdiff1d(np.arange(400), _drawn_rows(400, 50).numpy())
+    X[others[:200]] += sample("poisson", n=200, p=6)
+    rows = torch.from_numpy(X)
+
+    class Line(_Line):
+        """Counts the rows and nodes that are looked at."""
+
+        seen: ClassVar = []
+
+        def _removed(self, rows, x, weights, nodes, shares):
+            self.seen.append((len(rows), len(nodes)))
+            return super()._removed(rows, x, weights, nodes, shares)
+
+    monkeypatch.setattr("skdeq._explained_deviance._Line", Line)
+    setting = Setting(get_family("poisson"), Observations(rows), alpha=1.0, weight_decay=0.1)
+    null = rows.mean(0).log()
+    loadings = torch.ones(6, 1, dtype=torch.float64)
+
+    def shares(scores):
+        Line.seen.clear()
+        return explained_deviance(
+            setting,
+            lambda index: rows[index],
+            lambda some: some @ loadings.T + null,
+            null,
+            scores,
+        )
+
+    scores = torch.zeros(400, 1, dtype=torch.float64)
+    share, removed, largest = shares(scores)
+    assert float(share) == removed == largest == 0
+    # All of them at one node.
+    assert Line.seen == [(50, 8), (400, 1)]
+    scores[others[:200]] = (rows[others[:200]].mean(1, keepdim=True).log() - null.mean()) / 50
+    share, removed, largest = shares(scores)
+    assert 0 < largest < 0.1
+    assert removed > 1e-3
+    assert float(share) == pytest.approx(removed, rel=1e-6)
+    assert Line.seen == [(50, 8), (400, 1), (400, 8)]
+    share, removed, largest = shares(10 * scores)
+    assert largest > 0.1
+    assert Line.seen == [(50, 8), (400, 8)]
