@@ -96,12 +96,13 @@ class CurvatureMap:
         self._basis, self._spectrum = vectors.to(design.dtype), values.to(design.dtype)
         self._penalty = penalty.amax()
         self._typical = max(float(shared.diagonal().mean()), 1e-30)
-        self._inverse: Tensor | Any = None
+        # Minus the inverse Hessian of all rows.
+        self._shared_step: Tensor | Any = None
         # Mean curvature of each row, in units of the typical one.
         self._relative: Tensor | Any = None
         if n_rows is None:
             inner = values + penalty.double().amax()
-            self._inverse = (_over(vectors, inner) @ vectors.T).to(design.dtype)
+            self._shared_step = -(_over(vectors, inner) @ vectors.T).to(design.dtype)
         else:
             self._relative = design.new_ones(n_rows)
 
@@ -124,7 +125,7 @@ class CurvatureMap:
     def step(self, gradient: Tensor, rows: Tensor) -> Tensor:
         """Return minus the inverse times the gradient (m, r)."""
         if not self.adapts:
-            return -(gradient @ self._inverse)
+            return gradient @ self._shared_step
         inner = self._penalty + self._relative[rows].unsqueeze(1) * self._spectrum
         return -_over(gradient @ self._basis, inner) @ self._basis.T
 

@@ -67,8 +67,10 @@ class _Descent:
     def evaluate(self, iteration: int) -> bool:
         """Evaluate the gradient at ``z``; return whether the rows have been looked at as well.
 
-        If so, what got worse is sent back and marked as ``failed``.
+        If so, what got worse is sent back and marked as ``failed``. ``iteration`` counts those
+        that have led here.
         """
+        self._n_iter = iteration
         looks, between = divmod(iteration, self._interval)
         if between and iteration < self._last:
             self.gradient = self.problem.bare_gradient(self.z, self.rows)
@@ -114,10 +116,6 @@ class _Descent:
         self.rows = torch.arange(self._n_open, device=stay.device)
         return stay
 
-    def count(self) -> None:
-        """Count an iteration for the rows that are not solved."""
-        self.result.n_iter[self._places] += self._open
-
     def finish(self) -> FixedPointResult:
         """Write down the rest, with the residuals of their very points."""
         rest = self._open.nonzero().squeeze(1)
@@ -132,6 +130,7 @@ class _Descent:
         places = self._places[which]
         self.result.value[places] = self._best[which]
         self.result.residual[places] = self._residual[which]
+        self.result.n_iter[places] = self._n_iter
         self.result.converged[places] = self._residual[which] <= self.tol
 
 
@@ -164,7 +163,6 @@ def picard(
         if not len(state.rows) or iteration == max_iter:
             break
         state.z = state.z + state.damping * state.problem.step(state.gradient, state.rows)
-        state.count()
     return state.finish()
 
 
@@ -245,5 +243,4 @@ def anderson(
             for undone, weight in zip(responses, weights, strict=True):
                 state.z.addcmul_(undone, weight, value=-1)
         last_z, last_step = z, step
-        state.count()
     return state.finish()

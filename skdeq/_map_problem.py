@@ -297,8 +297,9 @@ class MapProblem:
 
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding is expected to make in the objectives at ``z``, at most."""
-        # Of the sums that make it up, which may cancel.
-        sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
+        # Of the sums that make it up, which may cancel; their own rounding is of no account.
+        linear = (self._of(self.projection, rows) * z).sum(1) + self._of(self.constant, rows)
+        sums = objective.abs() + linear.abs() + 0.5 * (z.square() @ self.penalty)
         # An exponential turns the absolute error of a predictor into a relative one.
         predictor = z.norm(dim=1) * self._design.sizes.longest + self._design.sizes.furthest
         return torch.finfo(z.dtype).eps * (
@@ -306,8 +307,9 @@ class MapProblem:
         )
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        gradient = torch.addcmul(slope.T, z, self.penalty)
-        return gradient.sub_(self._of(self.projection, rows))
+        # The slope comes transposed; what is made of the gradient is faster row by row.
+        linear = torch.addcmul(self._of(self.projection, rows), z, self.penalty, value=-1)
+        return linear.neg_().add_(slope.T)
 
     def _residual(self, gradient: Tensor, z: Tensor, curvature: Tensor) -> Tensor:
         # A row whose entries have no variance left (an all-zero column of counts whose intercept

@@ -8,6 +8,7 @@ from conftest import CUDA, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skdeq._encoder_fit as encoder_fit
+import skdeq._encoding as encoding
 import skdeq._precondition as precondition
 import skdeq._replay as replay
 from skdeq import ImplicitEMEncoder
@@ -160,11 +161,11 @@ def test_rows_that_stay_on_the_host(dtype, layout, weighted, monkeypatch):
         fetches.append(tuple(part.shape))
         return fetched(part, device)
 
-    for module in (precondition, encoder_fit):
+    for module in (precondition, encoding):
         monkeypatch.setattr(module, "is_away", lambda values, device: True)
         monkeypatch.setattr(module, "fetched", counted)
     monkeypatch.setattr(encoder_fit, "_GATHERED_ENTRIES", 12 * 100)
-    monkeypatch.setattr(encoder_fit, "_CHUNK_ENTRIES", 12 * 100)
+    monkeypatch.setattr(encoding, "_CHUNK_ENTRIES", 12 * 100)
     actual = fitted(X, sample_weight=weight, device="cpu")
     rtol = 1e-9 if dtype == np.float64 else 1e-4
     assert_same(actual, expected, rtol)
