@@ -228,7 +228,7 @@ folder.cleanup()
 # * **One pass comes near a fit of everything,** most of the way from the first batch, and the
 #   latents found are as good. It does not arrive: the steps are noisy, and there is one pass
 #   only.
-# * **It is no short cut.** The pass takes about as long as the fit of all rows, and a fit of the
+# * **It is no short cut.** The pass takes longer than the fit of all rows, and a fit of the
 #   first tenth is quicker than either *and better than the stream*. If the law is stable and a
 #   sample of the rows fits into memory, fit the sample. Streaming is for rows that cannot be kept.
 # * **A changed stream is followed slowly.** Nothing detects the change; here a model started anew
