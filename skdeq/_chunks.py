@@ -18,10 +18,10 @@ __all__ = [
     "chunks_in_turn",
     "free_memory",
     "map_chunks",
-    "out_of_inference_mode",
-    "sum_chunks",
     "one_ahead",
+    "out_of_inference_mode",
     "parallel_chunks",
+    "sum_chunks",
     "tile_entries",
     "working_entries",
 ]

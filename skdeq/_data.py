@@ -33,8 +33,10 @@ _FIRST_ROWS = 64
 _MOST_IN_SINGLE = 1e5
 
 
-def chunk_rows(X: Tensor) -> int:
-    """Rows of dense data to be looked at together."""
+def chunk_rows(X) -> int:
+    """Rows of validated data to be looked at together, by the entries that are stored."""
+    if sp.issparse(X):
+        return max(1, X.shape[0] * CHUNK_ENTRIES // max(X.nnz, 1))
     return max(1, CHUNK_ENTRIES // X.shape[1])
 
 
@@ -235,7 +237,6 @@ def log_base_rows(X, family: Family) -> Tensor:
         logs = torch.full(block.shape, at_zero, dtype=torch.float64, device=block.device)
         return logs.masked_scatter_(places, values(block.masked_select(places))).sum(1)
 
-    if sp.issparse(X):
-        size = max(1, n * CHUNK_ENTRIES // max(X.nnz, 1))
-        return torch.cat(map_chunks(stored, n, size, torch.device("cpu")))
-    return torch.cat(map_chunks(dense, n, max(1, CHUNK_ENTRIES // p), X.device))
+    sparse = sp.issparse(X)
+    work, device = (stored, torch.device("cpu")) if sparse else (dense, X.device)
+    return torch.cat(map_chunks(work, n, chunk_rows(X), device))

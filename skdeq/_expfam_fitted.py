@@ -72,7 +72,9 @@ class FittedLatents(LatentLayout):
 
     @property
     def _starts_from_zero(self) -> bool:
-        return self.fixed_point != "auto" and SOLVERS[self.fixed_point].starts_from_zero
+        """Whether the solver that was asked for, if one was, starts from zero."""
+        asked = SOLVERS.get(self.fixed_point)
+        return asked is not None and asked.starts_from_zero
 
     def _layer_sizes(self) -> tuple[int, ...]:
         """Numbers of features and of latents of each layer as fitted; empty before."""
@@ -179,7 +181,8 @@ class FittedLatents(LatentLayout):
         if left:
             worst = float(result.residual[~result.converged].max())
             advice = [f"increase fixed_point_max_iter={self.fixed_point_max_iter}"]
-            if self.fixed_point != "auto" and not SOLVERS[self.fixed_point].forms_hessians:
+            asked = SOLVERS.get(self.fixed_point)
+            if asked is not None and not asked.forms_hessians:
                 advice.append("use fixed_point='newton'")
             if worst <= self.fixed_point_tol:
                 # More iterations do not help.

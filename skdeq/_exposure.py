@@ -7,7 +7,7 @@ from torch import Tensor
 
 from skdeq._base import to_numpy, to_tensor
 from skdeq._chunks import map_chunks, sum_chunks
-from skdeq._data import CHUNK_ENTRIES, chunk_rows, missing_per_column
+from skdeq._data import chunk_rows, missing_per_column
 
 __all__ = ["exposure_offset", "log_exposure"]
 
@@ -83,7 +83,7 @@ def _sums_observed(X, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if sp.issparse(X):
         n, p = X.shape
         totals, columns = np.zeros(n), np.zeros(p)
-        size = max(1, n * CHUNK_ENTRIES // max(X.nnz, 1))
+        size = chunk_rows(X)
         for start in range(0, n, size):
             part = X[start : start + size].astype(np.float64)
             np.nan_to_num(part.data, copy=False)

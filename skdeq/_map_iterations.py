@@ -61,6 +61,7 @@ class _Descent:
         self._best = start.clone()
         self._size = start.new_full((n_rows,), torch.inf)
         self._residual = self._size.clone()
+        self._n_iter = 0
         # Looks since the best point was found.
         self._stale = torch.zeros_like(self._places)
 

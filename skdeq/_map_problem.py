@@ -284,27 +284,26 @@ class MapProblem:
         return _Sums(total, slope, bend, size)
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        value = total - self._linear(z, rows) + self._ridge(z)
+        wide = z.double()
+        value = total - self._linear(wide, rows) + self._ridge(wide)
         return torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf)
 
     def _linear(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Sum of T(x) eta, where it does not enter term by term."""
-        linear = (self._of(self.projection, rows).double() * z.double()).sum(1)
+        """Sum of T(x) eta, where it does not enter term by term, in the type of z."""
+        linear = (self._of(self.projection, rows).to(z.dtype) * z).sum(1)
         return linear + self._of(self.constant, rows)
 
     def _ridge(self, z: Tensor) -> Tensor:
-        return 0.5 * (z.double().square() @ self.penalty.double())
+        return 0.5 * (z.square() @ self.penalty.to(z.dtype))
 
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding is expected to make in the objectives at ``z``, at most."""
         # Of the sums that make it up, which may cancel; their own rounding is of no account.
-        linear = (self._of(self.projection, rows) * z).sum(1) + self._of(self.constant, rows)
-        sums = objective.abs() + linear.abs() + 0.5 * (z.square() @ self.penalty)
+        sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
+        sizes = self._design.sizes
         # An exponential turns the absolute error of a predictor into a relative one.
-        predictor = z.norm(dim=1) * self._design.sizes.longest + self._design.sizes.furthest
-        return torch.finfo(z.dtype).eps * (
-            (8 + predictor) * sums + self._design.sizes.total_weight
-        )
+        predictor = z.norm(dim=1) * sizes.longest + sizes.furthest
+        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + sizes.total_weight)
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         # The slope comes transposed; what is made of the gradient is faster row by row.

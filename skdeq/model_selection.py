@@ -53,7 +53,7 @@ def entrywise_cross_val_score(
         The number of folds, in random order and each held out once; or a splitter of
         scikit-learn's, such as :class:`~sklearn.model_selection.ShuffleSplit`, or an iterable of
         pairs of arrays, which split the observed entries as if they were samples, row by row in
-        the order of X.
+        the order of X, those of rows without weight left out.
     random_state : int, RandomState instance or None, default=None
         Shuffles the entries if ``cv`` is a number. Pass an int to compare models on the same
         folds.
@@ -117,27 +117,20 @@ def entrywise_cross_val_score(
         cv = KFold(int(cv), shuffle=True, random_state=random_state)
     places = to_numpy(observed)
     splits = [places[held] for _, held in check_cv(cv).split(places)]
+    n_observed = np.bincount(places % X.shape[1])
     for number, held in enumerate(splits):
-        _check_split(X, held, number)
+        _check_split(held, n_observed, number)
     scores = Parallel(n_jobs=n_jobs)(
         delayed(_score_of_held_out)(clone(estimator), X, sample_weight, held) for held in splits
     )
     return np.array(scores)
 
 
-def _without(X: Tensor, held: np.ndarray) -> Tensor:
-    """Copy X with some entries, by their places in all of it, missing."""
-    rest = X.clone()
-    rest.view(-1)[to_tensor(held, X.device)] = torch.nan
-    return rest
-
-
-def _check_split(X: Tensor, held: np.ndarray, number: int) -> None:
+def _check_split(held: np.ndarray, n_observed: np.ndarray, number: int) -> None:
+    """Refuse to hold out nothing, or all that is observed of a column."""
     if not len(held):
         raise ValueError(f"Split {number} of cv holds no entry out.")
-    n_features = X.shape[1]
-    n_observed = to_numpy((~torch.isnan(X)).sum(0))
-    n_held = np.bincount(held % n_features, minlength=n_features)
+    n_held = np.bincount(held % len(n_observed), minlength=len(n_observed))
     empty = np.flatnonzero(n_held == n_observed)
     if len(empty):
         raise ValueError(
@@ -150,11 +143,13 @@ def _check_split(X: Tensor, held: np.ndarray, number: int) -> None:
 def _score_of_held_out(
     estimator: ExpFamilyDEQ, X: Tensor, sample_weight: Any, held: np.ndarray
 ) -> float:
-    rest = _without(X, held)
+    """Fit to X without some entries, given by their places in all of it, and score these."""
+    at_hand, rest = to_tensor(held, X.device), X.clone()
+    rest.view(-1)[at_hand] = torch.nan
     estimator.fit(rest, sample_weight=sample_weight)
     with parallel_chunks():
         predictors = estimator._predictors_given(rest)
-    values = X.view(-1)[to_tensor(held, X.device)].to(predictors.device, torch.float64)
+    values = X.view(-1)[at_hand].to(predictors.device, torch.float64)
     of_held = predictors.reshape(-1)[to_tensor(held, predictors.device)].double()
     likelihood = estimator._family().exact.log_prob(values, of_held)
     weight = None if sample_weight is None else sample_weight[held // X.shape[1]]
