@@ -1,8 +1,10 @@
 """What families and canonical maps are, before any particular one."""
 
+import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,6 +50,53 @@ class _EqualByParameters:
     def __hash__(self) -> int:
         return hash((type(self), self._parameters()))
 
+    def __sklearn_clone__(self) -> Self:
+        return copy.deepcopy(self)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the constructor's arguments by name, by which a search finds them.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Without effect; estimators have it.
+
+        Returns
+        -------
+        dict
+            Those that are kept in attributes of the same names.
+        """
+        known = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in known if hasattr(self, name)}
+
+    def set_params(self, **params: object) -> Self:
+        """Change arguments of the constructor, as ``family__dispersion`` of an estimator does.
+
+        Parameters
+        ----------
+        **params : object
+            New values by name.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a name that the constructor does not have, and for a value that it refuses. The
+            object is left as it was.
+        """
+        present = self.get_params()
+        for name in params:
+            if name not in present:
+                known = ", ".join(map(repr, present)) or "none"
+                raise ValueError(
+                    f"{type(self).__name__} has no parameter {name!r}. Known are {known}."
+                )
+        vars(self).update(vars(type(self)(**{**present, **params})))
+        return self
+
 
 class Family(_EqualByParameters, ABC):
     """Exponential family ``p(x | eta) = h(x) exp(T(x) eta - A(eta))`` with scalar x and eta.
@@ -56,7 +105,8 @@ class Family(_EqualByParameters, ABC):
     what it inherits is right for most: T(x) = x, eta on the whole real line, and a `link` that
     inverts the mean numerically. Where eta is outside `domain`, `log_partition`, `mean` and
     `variance` must be +inf, so that a line search refuses such a point. Constructor parameters
-    are kept in attributes of the same names; two families are equal when those are.
+    are kept in attributes of the same names; two families are equal when those are, and a search
+    finds them as ``family__<name>``.
 
     Attributes
     ----------

@@ -6,8 +6,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from scipy import integrate, stats
+from sklearn.base import clone
 from sklearn.metrics import log_loss, mean_gamma_deviance, mean_poisson_deviance
+from sklearn.model_selection import GridSearchCV
 
 from skdeq import ExpFamilyDEQ
 from skdeq._canonical import through
@@ -26,6 +29,7 @@ from skdeq.families import (
     NegativeBinomial,
     Poisson,
     Rademacher,
+    ReLU,
     Tanh,
     get_canonical_map,
     get_family,
@@ -678,6 +682,59 @@ def test_parameters_tell_families_apart():
     assert eval(repr(NegativeBinomial(0.3))) == NegativeBinomial(0.3)
     assert repr(Binomial(n_trials=10)) == "Binomial(n_trials=10)"
     assert repr(Poisson()) == "Poisson()"
+
+
+@every_family
+def test_parameters_by_name_make_the_same_family(family):
+    assert type(family)(**family.get_params()) == family
+    assert clone(family) == family
+    assert clone(family) is not family
+
+
+def test_parameters_are_set_by_name():
+    family = Gamma(shape=2.0)
+    assert family.set_params(shape=3) is family
+    assert family == Gamma(3.0)
+    for wrong, error, message in [
+        ({"shape": -1.0}, ValueError, "finite shape > 0; got -1.0"),
+        ({"shape": "3"}, TypeError, "number as shape; got '3'"),
+        ({"sharp": 1.0}, ValueError, "Gamma has no parameter 'sharp'. Known are 'shape'"),
+    ]:
+        with pytest.raises(error, match=message):
+            family.set_params(**wrong)
+        assert family == Gamma(3.0)
+    with pytest.raises(ValueError, match="Poisson has no parameter 'shape'. Known are none"):
+        Poisson().set_params(shape=1.0)
+
+
+def test_families_that_keep_something_else_are_cloned():
+    class Made(Poisson):
+        def __init__(self, rates):
+            self.rates = torch.tensor(rates)
+
+    family = Made([1.0, 2.0])
+    assert clone(ExpFamilyDEQ(family=family)).family == family
+
+
+def test_a_search_finds_parameters_of_family_and_map():
+    rng = np.random.default_rng(0)
+    mean = np.exp(rng.normal(size=(150, 2)) @ rng.normal(size=(2, 20)) / 2)
+    X = rng.poisson(mean * rng.gamma(2.0, 0.5, size=mean.shape))
+    family = NegativeBinomial(dispersion=20.0)
+    model = ExpFamilyDEQ(2, family=family, canonical_map="log", random_state=0)
+    search = GridSearchCV(model, {"family__dispersion": [0.01, 0.5, 20.0]}, cv=2).fit(X)
+    assert search.best_params_ == {"family__dispersion": 0.5}
+    assert search.best_estimator_.family == NegativeBinomial(0.5)
+    assert model.family is family
+    assert family == NegativeBinomial(20.0)
+    by_hand = clone(model).set_params(family=NegativeBinomial(0.5)).fit(X)
+    assert_array_equal(search.best_estimator_.components_, by_hand.components_)
+    mapped = ExpFamilyDEQ(canonical_map=ReLU()).set_params(canonical_map__mask="off")
+    assert mapped.canonical_map == ReLU(mask="off")
+    stream = clone(model).partial_fit(X)
+    stream.set_params(family__dispersion=1.0)
+    with pytest.raises(ValueError, match=r"dispersion=1.0\), but partial_fit goes on"):
+        stream.partial_fit(X)
 
 
 def test_base_and_map_tell_families_apart():
