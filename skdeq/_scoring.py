@@ -11,7 +11,6 @@ Three things make the plain alternation fast:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +122,30 @@ def telling_gain(null_objective: float, objective: float) -> float:
 
 
 @dataclass
+class _Path:
+    """Where a fit is, and what came of its last steps.
+
+    Attributes
+    ----------
+    model, previous : LatentModel
+        After the last step, and after the one before it, in the coordinates of `model`.
+    accepted : LatentModel
+        The last point from which a step was taken: the objective is known there, and no higher
+        than at the point before.
+    momentum : float
+        Of Nesterov's sequence; one at the start and after a step that was too long.
+    refused : int
+        Steps in a row that raised the objective by more than rounding does.
+    """
+
+    model: LatentModel
+    previous: LatentModel
+    accepted: LatentModel
+    momentum: float = 1.0
+    refused: int = 0
+
+
+@dataclass
 class Scoring:
     """Fit of the loadings, intercept and latents by alternating Fisher scoring.
 
@@ -199,50 +222,71 @@ class Scoring:
         k = model.loadings.shape[1]
         self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
         self.exact |= self.setting.family.variance_bound is None
-        previous, momentum, quiet, refused = model, 1.0, 0, 0
-        domain = self.setting.family.domain
-        accepted: LatentModel | Any = None
         self._share, self._residual = _FIRST_SHARE, None
+        path = _Path(model, model, model)
+        quiet = 0
         for iteration in range(1, self.max_iter + 1):
             self.progress.begin()
-            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            amount, momentum = (momentum - 1) / following, following
-            point = model.extrapolate(previous, amount) if amount > 0 else model
-            if not (domain.is_real_line or bool(domain.contains(point.intercept).all())):
-                point, amount, momentum = model, 0.0, 1.0
-            latents, objective = self._rows(point)
             last = self.loss_curve[-1] if self.loss_curve else torch.inf
-            if not objective <= last and amount > 0:
-                point, momentum = model, 1.0
-                self._share = min(1.0, _CAUTION * self._share)
-                latents, objective = self._rows(point)
-            if not objective <= last and accepted is not None:
-                # A step beyond the bound of the curvature went too far, unless it is rounding that
-                # tells the two apart: take it back.
-                is_rest = objective - last <= self._rounding(point, last)
-                point, momentum, self._share = accepted, 1.0, 1.0
-                latents, objective = self._rows(point)
-                refused = 0 if is_rest else refused + 1
-            else:
-                refused = 0
-            accepted = point
-            before = LatentModel(point.loadings, point.intercept, latents)
-            moved = self._columns(before)
-            if refused > 1:
-                # The same step again would be refused again, for ever.
-                moved = before.extrapolate(moved, -(0.5 ** (refused - 1)))
+            point, objective = self._next_point(path, last)
+            moved = self._moved(path, point)
             change = balance(self.setting, moved)
-            previous, model = change(model), change(moved)
+            path.previous, path.model = change(path.model), change(moved)
             self.loss_curve.append(objective)
             self.n_iter = iteration
-            if not refused:
+            if not path.refused:
                 gained = telling_gain(null_objective, objective)
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
-            stop = self._tell(objective, model, accepted)
-            if self.converged or stop or refused > _MOST_REFUSED:
+            stop = self._tell(objective, path)
+            if self.converged or stop or path.refused > _MOST_REFUSED:
                 break
-        return self._checked(model, accepted)
+        return self._checked(path)
+
+    def _next_point(self, path: "_Path", last: float) -> tuple[LatentModel, float]:
+        """Point with the latents that its step leads to, and its objective.
+
+        Of the point that momentum leads to, of the model itself, and of the point before the last
+        step, it is the first whose objective is not above ``last``.
+        """
+        point = self._extrapolated(path)
+        latents, objective = self._rows(point)
+        if not objective <= last and point is not path.model:
+            point, path.momentum = path.model, 1.0
+            self._share = min(1.0, _CAUTION * self._share)
+            latents, objective = self._rows(point)
+        if objective <= last or self.n_iter == 0:
+            path.refused = 0
+        else:
+            # A step beyond the bound of the curvature went too far, unless it is rounding that
+            # tells the two apart: take it back.
+            is_rest = objective - last <= self._rounding(point, last)
+            path.refused = 0 if is_rest else path.refused + 1
+            point, path.momentum, self._share = path.accepted, 1.0, 1.0
+            latents, objective = self._rows(point)
+        path.accepted = point
+        return LatentModel(point.loadings, point.intercept, latents), objective
+
+    def _extrapolated(self, path: "_Path") -> LatentModel:
+        """Go on from the model in the direction of the last step, or stay within the domain."""
+        following = (1 + (1 + 4 * path.momentum**2) ** 0.5) / 2
+        amount, path.momentum = (path.momentum - 1) / following, following
+        if amount == 0:
+            return path.model
+        point = path.model.extrapolate(path.previous, amount)
+        domain = self.setting.family.domain
+        if domain.is_real_line or bool(domain.contains(point.intercept).all()):
+            return point
+        path.momentum = 1.0
+        return path.model
+
+    def _moved(self, path: "_Path", point: LatentModel) -> LatentModel:
+        """Take the columns' step, or less of it where it has been refused before."""
+        moved = self._columns(point)
+        if path.refused > 1:
+            # The same step again would be refused again, for ever.
+            moved = point.extrapolate(moved, -(0.5 ** (path.refused - 1)))
+        return moved
 
     def _rounding(self, model: LatentModel, objective: float) -> float:
         """Error that rounding of the predictors may make in a mean objective."""
@@ -255,20 +299,20 @@ class Scoring:
         terms = abs(objective) + 2 * float(sizes.mean())
         return torch.finfo(predictors.dtype).eps * terms
 
-    def _checked(self, model: LatentModel, accepted: LatentModel) -> LatentModel:
+    def _checked(self, path: "_Path") -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""
         if not self.exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
-            _, objective = self._rows(model)
+            _, objective = self._rows(path.model)
             if not objective <= self.loss_curve[-1]:
-                return accepted
-        return model
+                return path.accepted
+        return path.model
 
-    def _tell(self, objective: float, model: LatentModel, accepted: LatentModel) -> bool:
+    def _tell(self, objective: float, path: "_Path") -> bool:
         """Tell of an iteration; return whether to stop."""
         return self.progress.end(
             objective,
-            lambda: self.finish(self._checked(model, accepted)),
+            lambda: self.finish(self._checked(path)),
             residual=self._residual,
         )
 
