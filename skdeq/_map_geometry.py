@@ -90,10 +90,11 @@ class CurvatureMap:
     """
 
     def __init__(self, design: Tensor, variance: Tensor, penalty: Tensor, n_rows: int | None):
-        shared = (design * variance.unsqueeze(1)).T @ design
+        # A decomposition as small as this takes a card longer than the host.
+        shared = ((design * variance.unsqueeze(1)).T @ design).cpu()
         values, vectors = torch.linalg.eigh(shared.double())
         values = values.clamp_min(0)
-        self._basis, self._spectrum = vectors.to(design.dtype), values.to(design.dtype)
+        self._basis, self._spectrum = vectors.to(design), values.to(design)
         self._penalty = penalty.amax()
         self._typical = max(float(shared.diagonal().mean()), 1e-30)
         # Minus the inverse Hessian of all rows.
@@ -101,8 +102,8 @@ class CurvatureMap:
         # Mean curvature of each row, in units of the typical one.
         self._relative: Tensor | Any = None
         if n_rows is None:
-            inner = values + penalty.double().amax()
-            self._shared_step = -(_over(vectors, inner) @ vectors.T).to(design.dtype)
+            inner = values + float(penalty.amax())
+            self._shared_step = -(_over(vectors, inner) @ vectors.T).to(design)
         else:
             self._relative = design.new_ones(n_rows)
 

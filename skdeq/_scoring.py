@@ -79,33 +79,47 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
     weighted = centred if weight is None else centred * weight.unsqueeze(1)
     moment = (weighted.T @ centred).double() / total
     gram = (model.loadings.T @ model.loadings).double()
-    k = len(gram)
-    identity = torch.eye(k, dtype=torch.float64, device=gram.device)
-    size = float(moment.trace()) * float(gram.trace())
-    if setting.weight_decay == 0 or not 0 < size < torch.inf:
-        forward, backward = identity, identity
-    else:
-        for ridge in _RIDGES:
-            root, failed = torch.linalg.cholesky_ex(moment + ridge * moment.trace() / k * identity)
-            if not bool(failed):
-                break
-        values, vectors = torch.linalg.eigh(root.T @ gram @ root)
-        vectors = vectors.flip(1)
-        strength = values.flip(0).clamp_min(1e-16 * float(values[-1]) + 1e-300).sqrt()
-        scale = (setting.weight_decay / setting.alpha) ** 0.25 * strength.sqrt()
-        # backward maps loadings, forward latents; their product is the identity.
-        backward = root @ vectors / scale
-        forward = torch.linalg.solve_triangular(root, identity, upper=False).T @ vectors * scale
+    # Many small steps, which a card would wait for one by one.
+    moment, gram = torch.stack([moment, gram]).cpu().unbind()
+    forward, backward = _balancing(moment, gram, setting.weight_decay / setting.alpha)
+    forward, backward = forward.to(latents), backward.to(latents)
 
     def apply(other: LatentModel) -> LatentModel:
         shift = mean.to(dtype)
         return LatentModel(
-            other.loadings @ backward.to(dtype),
+            other.loadings @ backward,
             other.intercept + other.loadings @ shift,
-            (other.latents - shift) @ forward.to(dtype),
+            (other.latents - shift) @ forward,
         )
 
     return apply
+
+
+def _balancing(moment: Tensor, gram: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Change of coordinates of latents and that of loadings, whose product is the identity.
+
+    Parameters
+    ----------
+    moment, gram : Tensor of shape (k, k), float64
+        Of the latents and of the loadings.
+    ratio : float
+        ``weight_decay / alpha``; with zero nothing changes.
+    """
+    k = len(gram)
+    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    size = float(moment.trace()) * float(gram.trace())
+    if ratio == 0 or not 0 < size < torch.inf:
+        return identity, identity
+    for ridge in _RIDGES:
+        root, failed = torch.linalg.cholesky_ex(moment + ridge * moment.trace() / k * identity)
+        if not bool(failed):
+            break
+    values, vectors = torch.linalg.eigh(root.T @ gram @ root)
+    vectors = vectors.flip(1)
+    strength = values.flip(0).clamp_min(1e-16 * float(values[-1]) + 1e-300).sqrt()
+    scale = ratio**0.25 * strength.sqrt()
+    inverse = torch.linalg.solve_triangular(root, identity, upper=False).T
+    return inverse @ vectors * scale, root @ vectors / scale
 
 
 def _share_inside(model: LatentModel, shift: Tensor, low: Tensor, high: Tensor) -> float:
