@@ -24,6 +24,7 @@ from skdeq._chunks import parallel_chunks
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._fine_tune_backbone import WithBackbone
 from skdeq._head import Head
+from skdeq._head_epochs import train_head
 from skdeq._head_training import HeadOptions, HeadTrainer, TrainingRows
 from skdeq._optimiser_state import OptimiserState
 from skdeq._progress import CallbackSupportMixin, Progress, training
@@ -274,7 +275,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
                     return metric, -trainer.mean_loss(outputs, held_out)
 
             progress.store = FineTuned._store
-            converged = trainer.fit(train, progress, score, going_on) or progress.stopped
+            converged = train_head(trainer, train, progress, score, going_on) or progress.stopped
         # A backbone that was fitted before has seen more than this batch.
         pooled = stream and (going_on or self._is_pretrained())
         self._store(trainer, append=going_on and stream, pooled=pooled)

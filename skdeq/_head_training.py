@@ -1,9 +1,9 @@
-"""Training of a head on the equilibrium layer, and of the layer with it."""
+"""Steps of a head on the equilibrium layer, and of the layer with it."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from skdeq._optimiser_state import (
     restore_state,
     saved_state,
 )
-from skdeq._progress import Progress
 from skdeq._stochastic import shorten
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ __all__ = ["HeadOptions", "HeadTrainer", "TrainingRows"]
 
 # Scaled residual to which the latents of a minibatch are solved, at least.
 _TOLERANCE = 1e-4
-# Times the loss of outputs of zero that the mean loss of an epoch may be.
-_ASTRAY = 2.0
-# Share of that loss above which training has come to nothing, and how often it begins again then.
-_NOTHING, _ATTEMPTS = 0.99, 2
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ class HeadTrainer:
             self._sample_weight = to_tensor(rows.sample_weight).to(**like)
         # Where the rows were at their last visit: a start from which a step or two suffices.
         self._latents = to_tensor(rows.latents).to(**like).clone()
-        self._last_good = self._copied()
+        self._last_good = self.copied()
         self.loss_curve: list[float] = []
         self.scores: list[float] = []
         # Steps that left the domain of the family, or the finite numbers, and were taken back.
@@ -177,7 +172,7 @@ class HeadTrainer:
     def _batch_rows(self) -> int:
         return max(self.options.batch_size, 1024)
 
-    def _epoch(self, order: Tensor) -> float:
+    def epoch(self, order: Tensor) -> float:
         """Take one step for each minibatch; return the mean loss of those that were taken."""
         count = -(-len(order) // self.options.batch_size)
         weight = self._sample_weight
@@ -211,7 +206,7 @@ class HeadTrainer:
         with torch.no_grad():
             shorten(layer.family, of_intercept[1], of_intercept, *own, shared=shared)
 
-    def _check_last_step(self) -> bool:
+    def check_last_step(self) -> bool:
         """Take the last step of all back if it went astray; return whether it did not."""
         good = self._gradient(self._last_batch, 1.0) is not None
         if not good:
@@ -245,88 +240,8 @@ class HeadTrainer:
     @torch.enable_grad()
     def pass_once(self, rows: np.ndarray) -> None:
         """Go once through rows in the order given."""
-        self.loss_curve.append(self._epoch(torch.from_numpy(rows).to(self.rows.device)))
-        self._check_last_step()
-
-    @torch.enable_grad()
-    def fit(
-        self,
-        rows: np.ndarray,
-        progress: Progress,
-        score: Callable[[], tuple[float, float]] | None = None,
-        going_on: bool = False,
-    ) -> bool:
-        """Train until the loss, or else the score, makes no more progress; return whether it did.
-
-        Parameters
-        ----------
-        rows : ndarray of int
-            Rows to train on.
-        progress : Progress
-            Is told of each epoch.
-        score : callable, optional
-            Score on other rows, and their mean loss with its sign changed, by which equal scores
-            are compared; the parameters of the best epoch are kept.
-        going_on : bool
-            Whether this is not the first fit.
-
-        Returns
-        -------
-        bool
-        """
-        options = self.options
-        best, quiet = (-np.inf, -np.inf), 0
-        kept: list[Tensor] | None = None
-        places = torch.from_numpy(rows)
-        astray = nothing = self._loss_of_nothing(places.to(self.rows.device))
-        if going_on:
-            # What was learned from other targets may be worse, and yet what to go on from.
-            astray = max(astray, self.mean_loss(self.outputs(rows), rows))
-        astray *= _ASTRAY
-        safe = first = self._copied()
-        least = np.inf
-        for _ in range(options.max_iter):
-            progress.begin()
-            before = self._copied()
-            order = places
-            if len(places) > options.batch_size:
-                order = places[torch.randperm(len(places), generator=self.generator, device="cpu")]
-            loss = self._epoch(order.to(self.rows.device))
-            self.loss_curve.append(loss)
-            is_astray = astray < loss < np.inf
-            if is_astray:
-                self._undo(safe)
-            elif loss < least:
-                # The loss is that of the steps of the epoch, of which the last may be astray.
-                least, safe = loss, before
-            # Of few rows held out the score moves in leaps; between them the loss decides.
-            merit = (-loss, 0.0)
-            if score is not None:
-                merit = score()
-                # Only the next gradient shows whether the last step went astray, and what did
-                # is not to be kept, however high it scores.
-                if merit > best and not self._check_last_step():
-                    merit = score()
-                self.scores.append(merit[0])
-            gained = merit[0] > best[0] + options.tol
-            gained |= merit[0] >= best[0] and merit[1] > best[1] + options.tol
-            quiet = 0 if gained else quiet + 1
-            if merit > best:
-                best = merit
-                if score is not None:
-                    kept = self._copied()
-            stop = progress.end(
-                loss, partial(self._ended, kept), score=None if score is None else merit[0]
-            )
-            blind = options.fine_tune and least > _NOTHING * nothing
-            if blind and quiet >= options.n_iter_no_change and self.undone < _ATTEMPTS:
-                # Steps that are too long may leave features that tell nothing of the rows.
-                self._undo(first)
-                best, quiet, kept = (-np.inf, -np.inf), 0, None
-            if stop or quiet >= options.n_iter_no_change:
-                break
-        self._end(kept)
-        return quiet >= options.n_iter_no_change
+        self.loss_curve.append(self.epoch(torch.from_numpy(rows).to(self.rows.device)))
+        self.check_last_step()
 
     def mean_loss(self, outputs: np.ndarray, index: np.ndarray) -> float:
         """Weighted mean loss of outputs (m, n_outputs) for some rows (m,)."""
@@ -340,13 +255,13 @@ class HeadTrainer:
         weight = self._sample_weight[index]
         return float(losses @ weight / weight.sum())
 
-    def _loss_of_nothing(self, index: Tensor) -> float:
+    def loss_of_nothing(self, index: Tensor) -> float:
         """Mean loss of outputs of zero: all classes as likely, or the mean target."""
         return self._mean_loss(
             self._biases[-1].new_zeros(len(index), len(self._biases[-1])), index
         )
 
-    def _copied(self) -> list[Tensor]:
+    def copied(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
@@ -354,19 +269,19 @@ class HeadTrainer:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
 
-    def _undo(self, safe: list[Tensor]) -> None:
+    def undo(self, safe: list[Tensor]) -> None:
         """Go back to parameters that were better, and go on with a tenth of the steps."""
         self.undone += 1
         self._put(safe)
         forget_steps(self.optimiser, 0.1)
 
-    def _end(self, kept: list[Tensor] | None) -> None:
+    def end(self, kept: list[Tensor] | None) -> None:
         """End the training, with the parameters that were kept if there are such."""
-        self._check_last_step()
+        self.check_last_step()
         if kept is not None:
             self._put(kept)
 
-    def _ended(self, kept: list[Tensor] | None) -> "HeadTrainer":
+    def ended(self, kept: list[Tensor] | None) -> "HeadTrainer":
         """Copy of this trainer whose training has ended here, while that of this one goes on."""
         generator = torch.Generator("cpu")
         generator.set_state(self.generator.get_state())
@@ -375,7 +290,7 @@ class HeadTrainer:
         ended = copy.deepcopy(
             self, {**{id(one): one for one in data}, id(self.generator): generator}
         )
-        ended._end(kept)
+        ended.end(kept)
         return ended
 
     def head_arrays(self) -> Head:

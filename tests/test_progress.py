@@ -439,7 +439,7 @@ def test_without_the_callbacks_of_scikit_learn(monkeypatch, capsys):
 
 def test_what_a_callback_is_given_has_no_data_of_its_own(monkeypatch):
     pytest.importorskip("sklearn.callback")
-    ended, shared = HeadTrainer._ended, []
+    ended, shared = HeadTrainer.ended, []
 
     def watched(self, kept):
         copied = ended(self, kept)
@@ -447,7 +447,7 @@ def test_what_a_callback_is_given_has_no_data_of_its_own(monkeypatch):
         shared.append([getattr(copied, name) is getattr(self, name) for name in names])
         return copied
 
-    monkeypatch.setattr(HeadTrainer, "_ended", watched)
+    monkeypatch.setattr(HeadTrainer, "ended", watched)
     X, y = data("classifier")
     MAKE["classifier"]().set_callbacks(Recorder()).fit(X, y)
     assert shared
