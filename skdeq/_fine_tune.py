@@ -364,7 +364,8 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         ndarray of shape (n_samples,) or (n_samples, n_outputs)
             As y was in fit, float64: numbers may have more digits, or be larger, than X.
         """
-        outputs = self._outputs(X)
+        # Before numpy 2 a product with a float64 scalar keeps float32.
+        outputs = self._outputs(X).astype(np.float64)
         values = outputs if self._target_mean.ndim else outputs[:, 0]
         return returned(values * self._target_scale + self._target_mean, X)
 

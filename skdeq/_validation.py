@@ -139,9 +139,16 @@ def check_weights(sample_weight, X) -> np.ndarray:
     """Validate the weights of rows that were validated; an array of their floating point type."""
     dtype = np.result_type(numpy_dtype(X), np.float32)
     with config_context(array_api_dispatch=False):
-        return _check_sample_weight(
+        sample_weight = _check_sample_weight(
             host_array(sample_weight, "sample_weight"), X, dtype=dtype, ensure_non_negative=True
         )
+    # Which scikit-learn looks for from 1.9 on.
+    if not sample_weight.any():
+        raise ValueError(
+            "sample_weight must contain at least one non-zero number; all "
+            f"{len(sample_weight)} of them are zero."
+        )
+    return sample_weight
 
 
 def weighted_rows(sample_weight, X, *others: np.ndarray) -> tuple:

@@ -73,7 +73,7 @@ def test_sums_of_chunks_that_are_halved():
 def test_wide_sparse_data_are_fitted_without_sums_of_every_chunk(monkeypatch):
     n, p = 300, 40_000
     rng = np.random.default_rng(0)
-    X = sp.random_array((n, p), density=1e-4, rng=rng, format="csr", dtype=np.float32)
+    X = sp.csr_array(sp.random(n, p, density=1e-4, random_state=rng, dtype=np.float32))
     X.data[:] = 1
     largest = []
     stack = torch.stack

@@ -59,6 +59,8 @@ TRANSFORMER_CHECKS = [
 def test_checks_left_out(estimator, check):
     if "pandas" in check or "polars" in check:
         pytest.importorskip("polars" if "polars" in check else "pandas")
+    if not hasattr(estimator_checks, check):
+        pytest.skip("of a later scikit-learn")
     getattr(estimator_checks, check)(type(estimator).__name__, clone(estimator))
 
 

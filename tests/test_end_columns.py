@@ -261,7 +261,7 @@ def test_narrow_supports_and_late_fine_tuning():
 
 def test_sparse_batches_of_a_stream_stay_sparse(monkeypatch):
     rng = np.random.default_rng(0)
-    X = sp.random_array((40, 3000), density=0.002, rng=rng, format="csr")
+    X = sp.csr_array(sp.random(40, 3000, density=0.002, random_state=rng))
     X.data[:] = rng.integers(1, 4, size=X.nnz)
     X.data[3] = np.nan
     weight = rng.integers(0, 3, size=40).astype(float)
