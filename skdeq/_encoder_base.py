@@ -128,14 +128,13 @@ class EncoderBase(BaseEstimator):
 
         progress.store = store
         trace = trainer.fit(weight, generator, progress)
-        self._warn_of_undone(trainer, trace)
         store(self, trace)
-        self._warn_if_dead()
+        self._warn_of([*self._undone(trainer, trace), *self._dead()])
 
-    def _warn_of_undone(self, trainer: EncoderTrainer, trace: EncoderTrace) -> None:
-        """Warn of epochs that were taken back."""
+    def _undone(self, trainer: EncoderTrainer, trace: EncoderTrace) -> list[str]:
+        """Say which epochs were taken back, if any were."""
         if not trace.undone:
-            return
+            return []
         what = (
             f"{trace.undone} epochs of {type(self).__name__} led nowhere or diverged and "
             "were undone; the others took smaller steps, in the end with "
@@ -144,11 +143,11 @@ class EncoderBase(BaseEstimator):
         if not trace.n_iter:
             what = (
                 f"No epoch of {type(self).__name__} was kept: with learning_rate="
-                f"{self.learning_rate:g} all of them diverged, and the components are "
-                "those of the random start"
+                f"{self.learning_rate:g} all of them diverged or led nowhere, and the components "
+                "are those of the start"
             )
         advice = f" or momentum={self.momentum:g}" if self.momentum else ""
-        warn(f"{what}: lower it{advice}.", ConvergenceWarning)
+        return [f"{what}: lower it{advice}."]
 
     def _update(self, X, sample_weight) -> None:
         """Learn from a batch of a stream."""
@@ -185,14 +184,12 @@ class EncoderBase(BaseEstimator):
         trainer = self._trainer(rows, device, preconditioner, start, numpy_dtype(X))
         trainer.load_state(state)
         trace = trainer.fit_once(weight, past)
-        if trace.undone:
-            warn(
-                f"These rows made {type(self).__name__} diverge and were left out: lower "
-                f"learning_rate={self.learning_rate:g}.",
-                ConvergenceWarning,
-            )
         self._store(rows, weight, preconditioner, trainer, trace, numpy_dtype(X))
-        self._warn_if_dead()
+        left_out = (
+            f"These rows made {type(self).__name__} diverge and were left out: lower "
+            f"learning_rate={self.learning_rate:g}."
+        )
+        self._warn_of([left_out] * bool(trace.undone) + self._dead())
 
     def _trainer(self, rows, device, preconditioner, start, dtype) -> EncoderTrainer:
         options = EncoderOptions(
@@ -227,16 +224,21 @@ class EncoderBase(BaseEstimator):
         variance = distance_variances(rows, weight, *kept, self._activation(), device)
         self.dead_components_ = np.flatnonzero(to_numpy(variance) < DEAD_VARIANCE)
 
-    def _warn_if_dead(self) -> None:
-        """Warn if no component is alive."""
-        if len(self.dead_components_) == len(self.components_):
-            warn(
-                f"All {len(self.components_)} components of {type(self).__name__} are dead: their "
-                f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
-                f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
-                "or check that the rows differ.",
-                ConvergenceWarning,
-            )
+    def _dead(self) -> list[str]:
+        """Say that no component is alive, if none is."""
+        if len(self.dead_components_) < len(self.components_):
+            return []
+        return [
+            f"All {len(self.components_)} components of {type(self).__name__} are dead: their "
+            f"distances vary by less than {DEAD_VARIANCE:g} over the rows. Raise "
+            f"variance_weight={self.variance_weight:g}, lower lse_weight={self.lse_weight:g}, "
+            "or check that the rows differ."
+        ]
+
+    def _warn_of(self, sentences: list[str]) -> None:
+        """Warn once of all that went wrong."""
+        if sentences:
+            warn(" ".join(sentences), ConvergenceWarning)
 
     def _encode(self, rows, device: torch.device) -> torch.Tensor:
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)

@@ -283,13 +283,14 @@ class EncoderTrainer:
         # The best loss so far, of the random weights at first, the weights that go with it, and
         # after how many epochs they were reached.
         lowest, kept, n_kept = None, self.weights.clone(), 0
+        started = torch.inf
         n_batches = -(-rows.n_rows // options.batch_size)
         last = torch.inf
         for left in reversed(range(options.max_iter)):
             progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator, device="cpu").to(rows.home)
             if lowest is None:
-                lowest = self.loss_of(sample_weight, order)
+                lowest = started = self.loss_of(sample_weight, order)
             loss = self.epoch(sample_weight, order)
             trace.loss_curve.append(loss)
             trace.n_iter += 1
@@ -305,6 +306,12 @@ class EncoderTrainer:
             astray |= nowhere and trace.n_iter >= options.max_iter // 2
             # Of few rows an epoch is a step or two, after which nothing can be said.
             astray &= (trace.n_iter - n_kept) * n_batches >= _LEAST_STEPS
+            # The objective may pass through zero, where its change has no scale.
+            gained = best - loss > options.tol * max(abs(loss), 1.0)
+            best, quiet = min(best, loss), 0 if gained else quiet + 1
+            at_rest = options.tol > 0 and quiet >= _PATIENCE
+            # Steps that are too long come to rest above where they came from, too.
+            astray |= at_rest and loss - started > _ROUNDING * size and left > 0
             if astray or self._is_lost(loss):
                 self._set_back(kept, trace, n_kept)
                 best, quiet, last = torch.inf, 0, torch.inf
@@ -312,13 +319,10 @@ class EncoderTrainer:
                     break
                 continue
             stop = progress.end(loss, lambda: trace)
-            # The objective may pass through zero, where its change has no scale.
-            gained = best - loss > options.tol * max(abs(loss), 1.0)
-            best, quiet = min(best, loss), 0 if gained else quiet + 1
             if lower:
                 lowest, n_kept = loss, trace.n_iter
                 kept.copy_(self.weights)
-            if stop or (options.tol > 0 and quiet >= _PATIENCE):
+            if stop or at_rest:
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
                 self.revive(for_new)

@@ -15,12 +15,23 @@ __all__ = [
 ]
 
 
+# Entries that differ in magnitude by less than this share are equally large: among those rounding,
+# and with it the order of the rows, would choose.
+_EQUALLY_LARGE = 1e-5
+
+
 def fix_signs(model: LatentModel) -> LatentModel:
     """Turn each component so that its loading of largest magnitude is positive."""
-    rows = model.loadings.abs().argmax(0)
-    signs = torch.sign(model.loadings.gather(0, rows.unsqueeze(0))).squeeze(0)
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    signs = _signs(model.loadings.T)
     return replace(model, loadings=model.loadings * signs, latents=model.latents * signs)
+
+
+def _signs(components: Tensor) -> Tensor:
+    """Sign (k,) of the entry of largest magnitude of each row, the first where some are equal."""
+    size = components.abs()
+    largest = size >= (1 - _EQUALLY_LARGE) * size.amax(1, keepdim=True)
+    signs = components.gather(1, largest.int().argmax(1, keepdim=True)).squeeze(1).sign()
+    return torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
 def latent_covariance(
@@ -73,9 +84,8 @@ def orthonormal_scores(
     variances, vectors = torch.linalg.eigh(triangle @ covariance @ triangle.T)
     variances, vectors = variances.flip(0), vectors.flip(1)
     components = (basis @ vectors).T
-    columns = components.abs().argmax(1, keepdim=True)
-    signs = torch.sign(components.gather(1, columns))
-    to_scores = triangle.T @ vectors * signs.T
+    signs = _signs(components)
+    to_scores = triangle.T @ vectors * signs
     # What the penalties have emptied is zero, and not dust for a StandardScaler to blow up.
     least = torch.finfo(loadings.dtype).eps * variances[0]
-    return components * signs, torch.where(variances > least, to_scores, 0.0)
+    return components * signs.unsqueeze(1), torch.where(variances > least, to_scores, 0.0)

@@ -39,6 +39,8 @@ __all__ = [
 _FLOATS = (np.float64, np.float32)
 # Types that need no copy as floats: batches of them are converted as they are used.
 _ROW_TYPES = (*_FLOATS, np.uint8, np.int8, np.int16, np.bool_)
+# A weight whose square times a million rows is a number of float32, as its inverse is.
+_LARGEST_WEIGHT = 1e15
 
 
 def check_observations(estimator, X, family: Family, *, reset: bool):
@@ -136,11 +138,18 @@ def check_rows(estimator, X, *, reset: bool, min_rows: int = 1):
 
 
 def check_weights(sample_weight, X) -> np.ndarray:
-    """Validate the weights of rows that were validated; an array of their floating point type."""
+    """Validate the weights of rows that were validated; an array of their floating point type.
+
+    Only the ratios of weights count: they are divided by a power of two where they, or their
+    products, would leave the numbers of that type.
+    """
     dtype = np.result_type(numpy_dtype(X), np.float32)
     with config_context(array_api_dispatch=False):
         sample_weight = _check_sample_weight(
-            host_array(sample_weight, "sample_weight"), X, dtype=dtype, ensure_non_negative=True
+            host_array(sample_weight, "sample_weight"),
+            X,
+            dtype=np.float64,
+            ensure_non_negative=True,
         )
     # Which scikit-learn looks for from 1.9 on.
     if not sample_weight.any():
@@ -148,7 +157,10 @@ def check_weights(sample_weight, X) -> np.ndarray:
             "sample_weight must contain at least one non-zero number; all "
             f"{len(sample_weight)} of them are zero."
         )
-    return sample_weight
+    largest = sample_weight.max()
+    if not 1 / _LARGEST_WEIGHT <= largest <= _LARGEST_WEIGHT:
+        sample_weight = np.ldexp(sample_weight, -np.frexp(largest)[1])
+    return sample_weight.astype(dtype, copy=False)
 
 
 def weighted_rows(sample_weight, X, *others: np.ndarray) -> tuple:

@@ -266,6 +266,18 @@ def test_order_of_the_rows_does_not_matter(family):
     np.testing.assert_allclose(one.transform(X)[order], two.transform(X[order]), atol=1e-6)
 
 
+def test_no_order_of_the_rows_chooses_signs():
+    # A column and its mirror image have loadings of one size, but for rounding.
+    rng = np.random.default_rng(0)
+    column, other = rng.normal(size=(2, 200, 1))
+    X = np.hstack([column, -column, other + column / 2])
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(200)
+        deq = ExpFamilyDEQ(1, random_state=0).fit(X[order])
+        for first in (deq.loadings_[0, 0], deq.components_[0, 0]):
+            assert first > 0
+
+
 @pytest.mark.parametrize("family", FAMILY_OBJECTS, ids=str)
 def test_missing_entries_equal_a_model_without_them(family):
     # A row with gaps is solved as the GLM of its observed entries alone.

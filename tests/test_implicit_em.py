@@ -517,6 +517,26 @@ def test_steps_that_are_too_long_are_taken_back(load, n_components):
     assert max(fitted.loss_curve_) < 0
 
 
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+@pytest.mark.parametrize("load", [load_iris, load_digits, load_diabetes])
+def test_no_fit_comes_to_rest_above_its_start(load, activation):
+    X = scale(load().data[:: 4 if load is load_digits else 2])[:120]
+    for k in (4, 64):
+        start = encoder(k, activation=activation, max_iter=1, learning_rate=1e-12).fit(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = encoder(k, activation=activation, max_iter=100).fit(X)
+        assert fitted.n_iter_ > 0
+        assert sum(fitted.loss_terms(X).values()) < sum(start.loss_terms(X).values())
+
+
+def test_all_that_went_wrong_in_a_fit_is_one_warning():
+    X = scale(load_iris().data)
+    with pytest.warns(ConvergenceWarning, match="undone.*are dead") as caught:
+        encoder(4, activation="abs", max_iter=20).fit(X)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1e-9])
 def test_no_fit_ends_with_its_random_start(scale):
     # Of one batch the loss of the first epoch is that of the start, to rounding.

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import sample
 from numpy.testing import assert_allclose
+from sklearn.base import clone
 
-from skdeq import ExpFamilyDEQ
+from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
 
 
 @pytest.mark.parametrize("batch_size", [5, 16])
@@ -88,3 +89,20 @@ def test_kernels_are_no_worse_than_none_whatever_row_has_the_weight(weight):
     mean = np.average(X, axis=0, weights=weights).clip(1e-12, 1 - 1e-12)
     losses = -(X * np.log(mean) + (1 - X) * np.log(1 - mean)).sum(axis=1)
     assert deq.loss_curve_[-1] <= np.average(losses, weights=weights) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1e30, 1e200])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_of_any_size_count_by_their_ratios(size, dtype):
+    X = sample("poisson", n=60).astype(dtype)
+    weight = np.random.default_rng(0).uniform(0.5, 2, size=60)
+    model = ExpFamilyDEQ(2, family="poisson", random_state=0)
+    expected = clone(model).fit(X, sample_weight=weight)
+    found = clone(model).fit(X, sample_weight=weight * size)
+    assert_allclose(found.loadings_, expected.loadings_, rtol=1e-4, atol=1e-5)
+    scores = [one.score(X, sample_weight=weight * size) for one in (found, expected)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    encoder = ImplicitEMEncoder(4, random_state=0)
+    components = clone(encoder).fit(X, sample_weight=weight * size / 100).components_
+    expected = clone(encoder).fit(X, sample_weight=weight / 100).components_
+    assert_allclose(components, expected, rtol=1e-3, atol=1e-5)
