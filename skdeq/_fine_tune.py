@@ -52,8 +52,11 @@ _PARAMETERS = """
         Step size of Adam for the backbone; None is a third of `learning_rate`, since it
         knows the data already.
 
-    weight_decay : float, default=1e-4
-        Decoupled decay of the head's weights.
+    weight_decay : float or None, default=None
+        Decoupled decay of the head's weights: each step takes this times `learning_rate` off as
+        a share of them. None is 4 divided by the number of minibatches in an epoch, so that an
+        epoch takes off as much whatever the number of rows, 4 % at the default rate; and 1e-4 in
+        streams.
 
     batch_size : int, default=128
         Rows of a minibatch at most.

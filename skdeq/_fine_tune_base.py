@@ -71,6 +71,11 @@ class ScoredOnHost:
 # than frozen (gamma data of rank 2: 0.82 of the labels right, frozen 0.90, a third 0.94), and a
 # tenth takes long to gain anything (digits, k = 6, 30 epochs: 0.88; a third 0.89, as fast 0.91).
 _SLOWER = 3
+# Default of the decay of the weights, times the minibatches of an epoch: with a fixed decay for
+# each step an epoch of few rows, who need it most, would take next to nothing off.
+_DECAY_OF_AN_EPOCH = 4.0
+# The same in a stream, of which nobody knows how many rows are to come.
+_DECAY_OF_A_STREAM = 1e-4
 
 
 class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
@@ -86,7 +91,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "backbone_learning_rate": [Interval(Real, 0, None, closed="neither"), None],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
@@ -108,7 +113,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         dropout: float = 0.0,
         learning_rate: float = 0.01,
         backbone_learning_rate: float | None = None,
-        weight_decay: float = 1e-4,
+        weight_decay: float | None = None,
         batch_size: int = 128,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -259,7 +264,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         past = len(self.loss_curve_) if going_on and stream else 0
         generator = torch.Generator("cpu").manual_seed(int(seeds[2]) + past)
         layer = self.backbone_.to_module()
-        trainer = HeadTrainer(layer, head, self._head_options(), rows, self._loss(), generator)
+        options = self._head_options(None if stream else len(train))
+        trainer = HeadTrainer(layer, head, options, rows, self._loss(), generator)
         if stream:
             trainer.load_state(self._solver_state if going_on else [])
             trainer.pass_once(train)
@@ -311,7 +317,13 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
                 ConvergenceWarning,
             )
 
-    def _head_options(self) -> HeadOptions:
+    def _head_options(self, n_rows: int | None = None) -> HeadOptions:
+        """Options of a fit to so many rows; None in a stream, where nobody knows."""
+        weight_decay = self.weight_decay
+        if weight_decay is None:
+            weight_decay = _DECAY_OF_A_STREAM
+            if n_rows is not None:
+                weight_decay = _DECAY_OF_AN_EPOCH / -(-n_rows // int(self.batch_size))
         backbone_learning_rate = self.backbone_learning_rate
         if backbone_learning_rate is None:
             backbone_learning_rate = self.learning_rate / _SLOWER
@@ -320,7 +332,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
             dropout=float(self.dropout),
             learning_rate=float(self.learning_rate),
             backbone_learning_rate=float(backbone_learning_rate),
-            weight_decay=float(self.weight_decay),
+            weight_decay=float(weight_decay),
             batch_size=int(self.batch_size),
             max_iter=int(self.max_iter),
             tol=float(self.tol),

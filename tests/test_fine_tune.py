@@ -144,14 +144,14 @@ def test_dropout_helps_where_labels_are_few():
     X, label = load_digits(return_X_y=True)
     X = X.astype(np.float32)
     backbone = ExpFamilyDEQ(10, family=Binomial(16), random_state=0).fit(X)
+    # Of what else keeps a network from learning rows by heart next to nothing.
+    options = {"weight_decay": 1e-4, "max_iter": 30, "n_iter_no_change": 30}
     scores = {0.0: [], 0.25: []}
     for seed, dropout in itertools.product(range(2), scores):
         train, test, y_train, y_test = train_test_split(
             X, label, train_size=600, random_state=seed, stratify=label
         )
-        fitted = DEQClassifier(
-            backbone, dropout=dropout, max_iter=30, n_iter_no_change=30, random_state=seed
-        )
+        fitted = DEQClassifier(backbone, dropout=dropout, random_state=seed, **options)
         scores[dropout].append(fitted.fit(train, y_train).score(test, y_test))
     assert np.mean(scores[0.25]) > np.mean(scores[0.0])
 
@@ -310,6 +310,33 @@ def test_weight_decay_is_for_the_coefficients_and_not_the_intercepts():
     assert fitted.predict_proba(X)[:, 1].mean() == pytest.approx(share, abs=1e-3)
     free = classifier(weight_decay=0.0, **options).fit(X, label)
     assert np.abs(free.coefs_[0]).max() > 0.5
+
+
+def test_an_epoch_takes_as_much_off_the_weights_whatever_its_number_of_minibatches():
+    # Of targets that are all the same only the decay moves the weights.
+    X, _, _ = data()
+    shares = []
+    for batch_size in (400, 100, 25):
+        fits = [
+            regressor(
+                head_layer_sizes=(4,),
+                fine_tune=False,
+                batch_size=batch_size,
+                weight_decay=weight_decay,
+                tol=0.0,
+                max_iter=15,
+                n_iter_no_change=15,
+            ).fit(X, np.ones(len(X)))
+            for weight_decay in (None, 0.0)
+        ]
+        decayed, free = (np.abs(fitted.coefs_[0]).sum() for fitted in fits)
+        shares.append(decayed / free)
+    assert shares == pytest.approx([0.96**15] * 3, rel=0.02)
+    streams = [
+        regressor(weight_decay=weight_decay, batch_size=25).partial_fit(X, X[:, 0])
+        for weight_decay in (None, 1e-4)
+    ]
+    np.testing.assert_array_equal(streams[0].coefs_[0], streams[1].coefs_[0])
 
 
 @pytest.mark.parametrize("make", [classifier, regressor])
@@ -751,7 +778,7 @@ def test_targets_of_zero_leave_a_scale_for_later_ones(stream):
     X = sample("gaussian", n=90, p=5)
     y = X @ np.arange(5.0)
     network = DEQRegressor(ExpFamilyDEQ(2, random_state=0), random_state=0, warm_start=not stream)
-    learn = network.partial_fit if stream else network.set_params(max_iter=20).fit
+    learn = network.partial_fit if stream else network.set_params(max_iter=30).fit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         learn(X, np.zeros(90))
