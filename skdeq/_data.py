@@ -15,6 +15,7 @@ __all__ = [
     "CHUNK_ENTRIES",
     "chunk_rows",
     "columns_at",
+    "far_means",
     "has_short_digits",
     "log_base_rows",
     "missing_per_column",
@@ -31,6 +32,8 @@ CHUNK_ENTRIES = 2**20
 _FIRST_ROWS = 64
 # Size of a term of an objective of which float32 keeps two decimals; the sums of a row keep less.
 _MOST_IN_SINGLE = 1e5
+# Mean from which on the squares of entries cost float64 more than a millionth of its digits.
+_FAR = 1e3
 
 
 def chunk_rows(X) -> int:
@@ -189,6 +192,26 @@ def has_short_digits(X, family: Family) -> bool:
         size = float(torch.stack(parts).amax())
     constant = family.base.has_constant_variance
     return (size**2 if constant else size) > _MOST_IN_SINGLE
+
+
+def far_means(X, family: Family) -> np.ndarray | None:
+    """Means (p,) of the columns of validated data that lie far from zero, and zeros of others.
+
+    The terms of an objective are as large as the squares of the entries, and what the model
+    explains is what is left of them.
+
+    Returns
+    -------
+    ndarray or None
+        None where nothing is gained by taking the means off.
+    """
+    if not family.is_location_family or sp.issparse(X) or X.dtype != torch.float64:
+        return None
+    mean = (X.new_ones(len(X)) @ X) / len(X)
+    gaps = torch.isnan(mean)
+    mean[gaps] = X[:, gaps].nanmean(0)
+    far = torch.isfinite(mean) & (mean.abs() > _FAR)
+    return torch.where(far, mean, 0.0).cpu().numpy() if far.any() else None
 
 
 def take_rows(X, index: np.ndarray):

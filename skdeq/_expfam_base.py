@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
-from skdeq._data import has_short_digits, log_base_rows, rows_of
+from skdeq._data import far_means, has_short_digits, log_base_rows, rows_of
 from skdeq._end_columns import EndColumns, end_columns, ends_at_infinity
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
 from skdeq._expfam_layout import (
@@ -77,7 +77,7 @@ class LatentVariableEstimator(FittedLatents):
     _to_scores: np.ndarray
 
     def _training(self, X, sample_weight, *, reset: bool) -> tuple:
-        """Validate training data: X, setting, exposure profile."""
+        """Validate training data: X from its origin, setting, exposure profile."""
         family = self._family().exact
         X = check_observations(self, X, family, reset=reset)
         if reset:
@@ -89,6 +89,8 @@ class LatentVariableEstimator(FittedLatents):
                 check_columns(self, X, "rows of positive weight")
             warn_of_ends(X, family)
             self._in_double = has_short_digits(X, family)
+            self._origin = far_means(X, family)
+        X = self._moved(X)
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = log_base_rows(X, family).to(setting.observations.device)
@@ -246,7 +248,7 @@ class LatentVariableEstimator(FittedLatents):
             model, latents, moments[1], setting.sample_weight, dtype
         )
         self.components_ = to_numpy(components, dtype)
-        self.intercept_ = to_numpy(model.intercept, dtype)
+        self.intercept_ = to_numpy(setting.outwards(model).intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
@@ -315,12 +317,14 @@ class LatentVariableEstimator(FittedLatents):
         of_stream : bool
             Whether the rows are those of one more batch.
         """
+        X = self._moved(X)
         setting, _ = self._setting(X, self._family(), sample_weight, self._exposure_profile)
         like: dict[str, Any] = {"dtype": setting.observations.dtype}
         like["device"] = setting.observations.device
         (loadings, intercept), *pairs = layer.pairs()
         upper = tuple(HiddenLayer(one.detach(), two.detach()) for one, two in pairs)
         model = LatentModel(loadings.detach(), intercept.detach(), upper=upper).to(**like)
+        model = setting.inwards(model)
         # The rows anew: each of them was last seen at other parameters.
         solved = solve_latents(
             setting,

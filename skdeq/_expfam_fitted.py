@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
@@ -30,9 +31,22 @@ class FittedLatents(LatentLayout):
 
     # Whether float32 data are worked on in float64, as the training data ask for.
     _in_double: bool = False
+    # What is taken off dense rows, and off the intercept, before anything is computed.
+    _origin: np.ndarray | None = None
+
+    def _origin_of(self, X) -> torch.Tensor | None:
+        """Origin (p,) of validated rows, where they are."""
+        if self._origin is None or sp.issparse(X):
+            return None
+        return to_tensor(self._origin).to(X)
+
+    def _moved(self, X):
+        """Take their origin off validated rows."""
+        origin = self._origin_of(X)
+        return X if origin is None else X - origin
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
-        """Move validated data to the device."""
+        """Move validated data, moved by their origin, to the device."""
         device = resolve_device(self.device, X)
         offset = None
         if self.exposure is not None:
@@ -40,17 +54,20 @@ class FittedLatents(LatentLayout):
             offset = factors.to(device, torch_dtype(numpy_dtype(X)))
         if sample_weight is not None:
             sample_weight = to_tensor(sample_weight, device)
+        origin = self._origin_of(X)
         # In float64 they are twice as large, and for a while there beside those in float32.
         copies = 3 if self._in_double else 1
+        observations = to_observations(X, family, device, copies)
         setting = Setting(
             family=family,
-            observations=to_observations(X, family, device, copies),
+            observations=observations,
             alpha=float(self.alpha),
             weight_decay=float(self.weight_decay),
             sample_weight=sample_weight,
             row_offset=offset,
             hidden_map=self._hidden_map(),
             loadings=self._loadings(),
+            origin=None if origin is None else origin.to(observations.device),
         )
         return setting.double() if self._in_double else setting, profile
 
@@ -100,8 +117,9 @@ class FittedLatents(LatentLayout):
         ).to(device, dtype)
 
     def _model_for(self, setting: Setting) -> LatentModel:
-        """Fitted parameters in the type and on the device of data."""
-        return self._model(setting.observations.device, setting.observations.dtype)
+        """Fitted parameters in the type and on the device of data, and from their origin."""
+        model = self._model(setting.observations.device, setting.observations.dtype)
+        return setting.inwards(model)
 
     def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
         """Linear predictors at unit exposure of what `transform` returns, where that lies."""
@@ -131,14 +149,15 @@ class FittedLatents(LatentLayout):
         return replace(result, layer_sizes=self._layer_sizes()[1:])
 
     def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
-        """Validate rows and solve them; also their setting and the validated rows."""
+        """Validate rows and solve them; also their setting, and the rows from their origin."""
         check_is_fitted(self)
         family = self._family()
         X = check_observations(self, X, family, reset=False)
-        return *self._solve_validated(X), X
+        X = self._moved(X)
+        return *self._solve_moved(X), X
 
-    def _solve_validated(self, X) -> tuple[FixedPointResult, Setting]:
-        """Solve rows that are known to be in the support; also their setting."""
+    def _solve_moved(self, X) -> tuple[FixedPointResult, Setting]:
+        """Solve validated rows that their origin has been taken off; also their setting."""
         self._check_exposure()
         setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
         return self._latents(setting), setting
@@ -156,7 +175,7 @@ class FittedLatents(LatentLayout):
     def _predictors_given(self, X) -> torch.Tensor:
         """Linear predictors (n, p) of all entries of rows by their latents and exposures."""
         result, setting, _ = self._solve(X)
-        model = self._model_for(setting)
+        model = setting.outwards(self._model_for(setting))
         bottom = split_layers(self._checked(result).value, model.upper)[0]
         predictors = torch.addmm(model.intercept, bottom, model.loadings.T)
         if setting.row_offset is not None:

@@ -44,8 +44,13 @@ class Gaussian(Family):
     log_partition_formula = "{eta}^2 / 2"
     mean_formula = "{eta}"
     accepts = "finite real numbers"
+    is_location_family = True
     variance_bound = 1.0
     self_concordance = 0.0
+
+    def log_prob(self, x: Tensor, eta: Tensor) -> Tensor:
+        """Return ``-(x - eta)^2 / 2 - log(2 pi) / 2``, with all digits however far from zero."""
+        return self.log_base(x - eta)
 
     def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``eta^2 / 2``."""

@@ -122,6 +122,9 @@ class Family(_EqualByParameters, ABC):
         Natural parameters eta for which A(eta) is finite; all reals by default.
     scales_with_exposure : bool
         Whether adding o to eta multiplies the mean by exp(o), as it does for counts.
+    is_location_family : bool
+        Whether x - c is as probable under eta - c as x under eta, so that data far from zero may
+        be worked on with their means taken off.
     variance_bound : float or None
         Supremum of the variance over eta, None where there is none.
     self_concordance : float or None
@@ -176,6 +179,7 @@ class Family(_EqualByParameters, ABC):
     unbounded_at: tuple[float, ...] = ()
     domain: Interval = _REALS
     scales_with_exposure: bool = False
+    is_location_family: bool = False
     variance_bound: float | None = None
     self_concordance: float | None = None
     is_canonical = True

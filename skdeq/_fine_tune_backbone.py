@@ -123,7 +123,7 @@ class WithBackbone(BaseEstimator):
         # Not the one it was pretrained on, which may not be there any more.
         backbone.device = self._backbone().device if self.device == "auto" else self.device
         with parallel_chunks():
-            result, setting = backbone._solve_validated(X)
+            result, setting = backbone._solve_moved(backbone._moved(X))
         if checked:
             backbone._checked(result)
         return to_numpy(narrowed(result, setting).layers[-1])

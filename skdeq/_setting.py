@@ -56,6 +56,8 @@ class Setting:
         Type of the data, where it is not that in which they are worked on.
     pins : Pins or None
         Columns that are not fitted.
+    origin : Tensor of shape (p,) or None
+        What has been taken off the data, and off the intercept.
     """
 
     family: Family
@@ -69,6 +71,7 @@ class Setting:
     loadings: Loadings = FreeLoadings()
     narrow: torch.dtype | None = None
     pins: Pins | None = None
+    origin: Tensor | None = None
 
     def take(self, index: Tensor) -> "Setting":
         """Return the same for some rows; the log base is left out."""
@@ -80,6 +83,18 @@ class Setting:
             row_offset=None if offset is None else offset[index],
             log_base=0.0,
         )
+
+    def inwards(self, model: LatentModel) -> LatentModel:
+        """Return a model of data as they come for data that the origin has been taken off."""
+        if self.origin is None:
+            return model
+        return replace(model, intercept=model.intercept - self.origin)
+
+    def outwards(self, model: LatentModel) -> LatentModel:
+        """Return a model of data that the origin has been taken off for data as they come."""
+        if self.origin is None:
+            return model
+        return replace(model, intercept=model.intercept + self.origin)
 
     def rounded_off(self) -> "Setting":
         """Return the same with the kinks of its maps as smooth as in training."""
@@ -194,6 +209,7 @@ def hidden_setting(setting: Setting, latents: Tensor) -> Setting:
         row_offset=None,
         log_base=0.0,
         pins=None,
+        origin=None,
     )
 
 

@@ -1,4 +1,6 @@
-"""float32 data whose size leaves float32 too few digits are worked on in float64."""
+"""Data whose size leaves too few digits: in float32 and, far from zero, in float64."""
+
+import warnings
 
 import numpy as np
 import pytest
@@ -6,9 +8,12 @@ import scipy.sparse as sp
 import torch
 from numpy.testing import assert_allclose
 from scipy.stats import multivariate_normal
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import KFold
 
-from skdeq import ExpFamilyDEQ
+from skdeq import DEQRegressor, ExpFamilyDEQ
 from skdeq.families import Gamma
+from skdeq.model_selection import entrywise_cross_val_score
 
 
 def gaussian(mean):
@@ -27,6 +32,75 @@ def test_score_far_from_the_origin_is_the_normal_density(mean):
     assert model.score(X) == pytest.approx(law.logpdf(X.astype(float)).mean(), abs=1e-3)
     ratio = ExpFamilyDEQ(3, random_state=0).fit(gaussian(0.0)).explained_deviance_ratio_
     assert_allclose(model.explained_deviance_ratio_, ratio, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mean", [1e6, 1e8, 1e10])
+class TestFarFromZeroInFloat64:
+    """Of X / 1e10 float64 leaves six digits of a unit, which is what is asked for."""
+
+    def test_a_fit_is_that_of_centred_data(self, mean):
+        X, tolerance = gaussian(0.0).astype(float), 1e-15 * mean + 1e-12
+        X -= X.mean(0)
+        X[0, 1] = X[7, 2] = np.nan
+        weight = np.random.default_rng(0).uniform(0.5, 2, size=300)
+        near = ExpFamilyDEQ(3, random_state=0).fit(X, sample_weight=weight)
+        far = ExpFamilyDEQ(3, random_state=0).fit(X + mean, sample_weight=weight)
+        assert_allclose(far.intercept_, near.intercept_ + mean, atol=10 * tolerance)
+        for name in ("loadings_", "loss_curve_", "explained_deviance_ratio_"):
+            assert_allclose(getattr(far, name), getattr(near, name), atol=1e3 * tolerance)
+        assert_allclose(far.transform(X + mean), near.transform(X), atol=1e3 * tolerance)
+        assert far.score(X + mean) == pytest.approx(near.score(X), abs=1e3 * tolerance)
+        filled = far.inverse_transform(far.transform(X + mean))
+        expected = near.inverse_transform(near.transform(X)) + mean
+        assert_allclose(filled, expected, atol=1e3 * tolerance)
+
+    def test_the_score_is_the_normal_density(self, mean):
+        X = gaussian(0.0).astype(float) + mean
+        model = ExpFamilyDEQ(3, random_state=0).fit(X)
+        law = multivariate_normal(
+            model.intercept_, model.loadings_ @ model.loadings_.T + np.eye(30)
+        )
+        assert model.score(X) == pytest.approx(law.logpdf(X).mean(), rel=1e-8)
+        again = ExpFamilyDEQ(3, warm_start=True, random_state=0).fit(X).fit(X)
+        assert again.score(X) == pytest.approx(model.score(X), rel=1e-6)
+
+    def test_entries_held_out_score_the_normal_density(self, mean):
+        X = gaussian(0.0).astype(float)
+        model = ExpFamilyDEQ(3, random_state=0)
+        near, far = (
+            entrywise_cross_val_score(model, one, cv=KFold(2, shuffle=True, random_state=0))
+            for one in (X, X + mean)
+        )
+        assert_allclose(far, near, rtol=1e-15 * mean + 1e-10)
+
+    def test_streams_and_depth_are_those_of_centred_data(self, mean):
+        X, tolerance = gaussian(0.0).astype(float), 1e-12 * mean + 1e-9
+        near, far = (ExpFamilyDEQ(3, random_state=0) for _ in range(2))
+        for rows in (slice(0, 100), slice(100, 200), slice(200, 300)):
+            near.partial_fit(X[rows])
+            far.partial_fit(X[rows] + mean)
+        assert_allclose(far.loss_curve_, near.loss_curve_, atol=tolerance)
+        assert_allclose(far.loadings_, near.loadings_, atol=tolerance)
+        options = {"hidden_layer_sizes": (4,), "max_iter": 3, "tol": 0.0, "random_state": 0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            near, far = (ExpFamilyDEQ(2, **options).fit(X + one) for one in (0.0, mean))
+        assert_allclose(far.loss_curve_, near.loss_curve_, atol=tolerance)
+
+    def test_fine_tuning_and_sparse_rows(self, mean):
+        X = gaussian(0.0).astype(float)
+        X -= X.mean(0)
+        y = X @ np.arange(30.0)
+        options = {"max_iter": 3, "tol": 10.0, "n_iter_no_change": 2, "random_state": 0}
+        near, far = (
+            DEQRegressor(ExpFamilyDEQ(3, random_state=0), **options).fit(X + one, y)
+            for one in (0.0, mean)
+        )
+        # The layer itself works on the rows as they come.
+        assert_allclose(far.predict(X + mean), near.predict(X), atol=1e-5 * np.std(y) * mean**0.5)
+        model = far.backbone_
+        found, expected = model.transform(sp.csr_array(X + mean)), model.transform(X + mean)
+        assert_allclose(found, expected, atol=1e-14 * mean)
 
 
 def test_types_are_those_of_the_data():
