@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import one_ahead, parallel_chunks
+from skdeq._encoder_course import Course
 from skdeq._optimiser_state import (
     OptimiserState,
     forget_steps,
@@ -51,19 +52,8 @@ _GATHERED_ENTRIES = 2**20
 # Products of a step below which one thread is as good as two, that wait for each other dozens of
 # times a step, and ten times faster where another process wants a core (6e6 on MNIST).
 _LEAST_THREADED = 2**24
-# Epochs in a row without progress that end a fit.
-_PATIENCE = 5
 # Batches that the loss before training is taken from.
 _FIRST_BATCHES = 8
-# Loss of an epoch above the best one, as a share of that, which sends the fit back to it, unless
-# it has come down from that of the epoch before by this share: with few rows the way from random
-# weights to good ones leads over much higher ones.
-_ASTRAY = 1.0
-_COMING_DOWN = 0.1
-# Steps since the best epoch from which on a fit is sent back to it.
-_LEAST_STEPS = 6
-# Share of a loss that may be rounding.
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -279,54 +269,33 @@ class EncoderTrainer:
         for_new = torch.Generator("cpu")
         if options.revive_dead:
             for_new.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
-        best, quiet = torch.inf, 0
-        # The best loss so far, of the random weights at first, the weights that go with it, and
-        # after how many epochs they were reached.
-        lowest, kept, n_kept = None, self.weights.clone(), 0
-        started = torch.inf
-        n_batches = -(-rows.n_rows // options.batch_size)
-        last = torch.inf
+        # The weights with the lowest loss so far, the first ones to begin with.
+        kept, course = self.weights.clone(), None
         for left in reversed(range(options.max_iter)):
             progress.begin()
             order = torch.randperm(rows.n_rows, generator=generator, device="cpu").to(rows.home)
-            if lowest is None:
-                lowest = started = self.loss_of(sample_weight, order)
+            if course is None:
+                n_batches = -(-rows.n_rows // options.batch_size)
+                started = self.loss_of(sample_weight, order)
+                course = Course(started, options.max_iter, options.tol, n_batches)
             loss = self.epoch(sample_weight, order)
             trace.loss_curve.append(loss)
             trace.n_iter += 1
-            size = max(abs(lowest), 1.0)
-            coming_down = loss < last - _COMING_DOWN * (last - lowest) or last == torch.inf
-            last = loss
-            astray = loss - lowest > _ASTRAY * size
-            # By more than rounding: the loss of an only batch is that of the weights before.
-            lower = loss < lowest - _ROUNDING * size
-            # Steps that are too long do not get below where they came from.
-            nowhere = not (n_kept or lower) and trace.n_iter >= _PATIENCE and left > 0
-            astray = (astray or nowhere) and not coming_down
-            astray |= nowhere and trace.n_iter >= options.max_iter // 2
-            # Of few rows an epoch is a step or two, after which nothing can be said.
-            astray &= (trace.n_iter - n_kept) * n_batches >= _LEAST_STEPS
-            # The objective may pass through zero, where its change has no scale.
-            gained = best - loss > options.tol * max(abs(loss), 1.0)
-            best, quiet = min(best, loss), 0 if gained else quiet + 1
-            at_rest = options.tol > 0 and quiet >= _PATIENCE
-            # Steps that are too long come to rest above where they came from, too.
-            astray |= at_rest and loss - started > _ROUNDING * size and left > 0
+            astray = course.goes_astray(loss, trace.n_iter, is_last=not left)
             if astray or self._is_lost(loss):
-                self._set_back(kept, trace, n_kept)
-                best, quiet, last = torch.inf, 0, torch.inf
+                self._set_back(kept, trace, course.n_kept)
+                course.begin_again()
                 if progress.end(loss, lambda: trace):
                     break
                 continue
             stop = progress.end(loss, lambda: trace)
-            if lower:
-                lowest, n_kept = loss, trace.n_iter
+            if course.is_lowest(loss, trace.n_iter):
                 kept.copy_(self.weights)
-            if stop or at_rest:
+            if stop or course.at_rest:
                 break
             if options.revive_dead and trace.n_iter < options.max_iter:
                 self.revive(for_new)
-        if trace.undone and n_kept < trace.n_iter:
+        if trace.undone and course is not None and course.n_kept < trace.n_iter:
             # Where steps were too long once, the last are not the best.
             self.weights.copy_(kept)
         return trace

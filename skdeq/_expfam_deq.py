@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 import torch
-from sklearn import config_context
-from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.base import _fit_context
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_sample_weight, _num_samples, check_is_fitted
+from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from skdeq._architecture import Architecture, describe
-from skdeq._base import VersionedMixin, host_array, returned, stream_batch, to_tensor
+from skdeq._base import VersionedMixin, stream_batch, to_tensor
 from skdeq._chunks import parallel_chunks
-from skdeq._data import log_base_rows
-from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
+from skdeq._expfam_transform import LatentTransformer
 from skdeq._hierarchy import has_one_solution
-from skdeq._likelihood import laplace_log_likelihood
 from skdeq._loadings import KernelLoadings
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
-from skdeq._validation import check_codes
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -37,7 +31,7 @@ from skdeq.families import (
     get_canonical_map,
     get_family,
 )
-from skdeq.fixed_point import SOLVERS, FixedPointResult
+from skdeq.fixed_point import SOLVERS
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -45,13 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpFamilyDEQ"]
 
 
-class ExpFamilyDEQ(
-    CallbackSupportMixin,
-    VersionedMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    LatentVariableEstimator,
-):
+class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
     r"""Principal component analysis for counts, binary and other non-Gaussian data.
 
     Each row :math:`x_i` has a latent code :math:`z_i \sim N(0, \alpha^{-1} I)` and entries from
@@ -417,153 +405,6 @@ class ExpFamilyDEQ(
             result = self._checked(self._latents(setting, model.latents))
             return self._output(narrowed(result, setting).value, X)
 
-    def transform(self, X: MatrixLike) -> Output:
-        """Scores of rows, seen in training or not.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Observations in the support of the family; NaN where missing.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_components)
-            Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
-            A tensor on the device of X where X is a tensor and ``array_api_dispatch=True``.
-        """
-        with parallel_chunks():
-            return self._output(self._codes(X), X)
-
-    def map_latents(self, X: MatrixLike) -> FixedPointResult:
-        """MAP latents of rows, each with its certificate of convergence.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Observations in the support of the family; NaN where missing.
-
-        Returns
-        -------
-        FixedPointResult
-            ``value`` (n_samples, n_components) in units of the prior, ``residual``,
-            ``converged`` and ``n_iter`` (n_samples,), all numpy arrays. With hidden layers
-            ``value`` has the latents of all layers side by side, from the data to the top, and
-            ``layers`` those of each.
-        """
-        with parallel_chunks():
-            result, setting, _ = self._solve(X)
-        result = narrowed(result, setting)
-        fields = ("value", "residual", "converged", "n_iter")
-        parts: dict[str, Any] = {one: returned(getattr(result, one), X) for one in fields}
-        return replace(result, **parts)
-
-    def natural_parameters(self, Z: VectorLike) -> Output:
-        """Canonical parameters eta, R of the linear predictor, at unit exposure.
-
-        With hidden layers they are those at the mean of each layer given the one above.
-
-        Parameters
-        ----------
-        Z : array-like of shape (n_samples, n_components)
-            What `transform` returns.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_features)
-        """
-        return returned(self._natural_parameters(Z), Z)
-
-    def _natural_parameters(self, Z: VectorLike) -> torch.Tensor:
-        check_is_fitted(self)
-        codes = check_codes(Z, self._n_features_out, "Z")
-        return self._family().exact.canonical(self._predictors(codes))
-
-    def inverse_transform(self, Z: VectorLike) -> Output:
-        """Mean of the observations at unit exposure, a denoised X.
-
-        Parameters
-        ----------
-        Z : array-like of shape (n_samples, n_components)
-            What `transform` returns.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_features)
-            Infinite where the predictors are outside the domain of a gamma or negative
-            binomial family without a log link, as those of entries that were missing may be.
-        """
-        return returned(get_family(self.family).mean(self._natural_parameters(Z)), Z)
-
-    def row_exposures(self, X: MatrixLike) -> Output:
-        """Size of each row beside an average training row, its size factor.
-
-        Of what is observed of it: the total of these entries over what an average training row
-        has of the same. Times `inverse_transform`, which is at unit exposure, it is what the
-        model expects of the row, missing entries included.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Observations in the support of the family; NaN where missing.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,), float64
-            Ones with ``exposure=None``; next to nothing for a row without any count.
-        """
-        return returned(self._row_exposures(X), X)
-
-    def score_samples(self, X: MatrixLike) -> Output:
-        """Laplace approximation of the marginal log-likelihood of each row.
-
-        It integrates the latents out around their MAP solution and keeps all constants; for
-        Gaussian rows it is exact, the normal law with covariance ``W W^T / alpha + I``. With a
-        ReLU whose mask is not the exact one, the latents are not the MAP solution, and the value
-        is that of the same formula at another point.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Observations in the support of the family; NaN where missing.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,), float64
-        """
-        with parallel_chunks():
-            result, setting, rows = self._solve(X)
-            self._checked(result)
-            marginal = laplace_log_likelihood(setting, self._model_for(setting), result.value)
-            return returned(marginal + log_base_rows(rows, setting.family).to(marginal), X)
-
-    def score(
-        self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
-    ) -> float:
-        """Mean of `score_samples`, for model selection by cross-validation.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-            Observations in the support of the family; NaN where missing.
-        y : Ignored
-            Present for API consistency.
-        sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative weights of the rows in the mean.
-
-        Returns
-        -------
-        float
-            Mean log-likelihood of a row.
-        """
-        with config_context(array_api_dispatch=False):
-            scores = self.score_samples(X)
-            weight = None
-            if sample_weight is not None:
-                weight = _check_sample_weight(
-                    host_array(sample_weight, "sample_weight"), X, ensure_non_negative=True
-                )
-        return float(np.average(scores, weights=weight))
-
     def architecture(self) -> Architecture:
         """Describe the equilibrium layer that the parameters amount to.
 
@@ -684,10 +525,6 @@ class ExpFamilyDEQ(
             most=0 if stream else int(self.max_iter),
             row_tol=float(self.fixed_point_tol),
         )
-
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.components_)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
