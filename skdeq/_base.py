@@ -6,9 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from sklearn import get_config
-from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import InvalidParameterError
 from sklearn.utils._set_output import _get_output_config
 from torch import Tensor
 
@@ -82,12 +80,15 @@ def stream_batch(estimator) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        kinds = (NotFittedError, InvalidParameterError, ValueError, TypeError)
-        kind = next(one for one in kinds if isinstance(error, one))
-        raise kind(
-            f"{error} It is batch {number} of this stream, and {type(estimator).__name__} is as "
-            "it was before."
-        ) from error
+        where = (
+            f"It is batch {number} of this stream, and {type(estimator).__name__} is as it was "
+            "before."
+        )
+        if error.args == (str(error),):
+            error.args = (f"{error} {where}",)
+        else:
+            error.add_note(where)
+        raise
     estimator._n_batches = number
 
 

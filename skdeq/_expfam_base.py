@@ -71,8 +71,6 @@ class LatentVariableEstimator(FittedLatents):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ`, in the order of a fit."""
 
     _adam: OptimiserState
-    # What the model was fitted as; saved by an older version, it does not know.
-    _fitted_as: dict[str, Any] | None = None
     _ends: dict[str, Any] | None = None
     _to_scores: np.ndarray
 
@@ -141,7 +139,7 @@ class LatentVariableEstimator(FittedLatents):
             estimator._exposure_profile, estimator._adam = profile, []
             estimator._n_batches = 0
             estimator._ends = asdict(ends)
-            estimator._fitted_as = parameters_of_the_model(estimator.get_params())
+            estimator._fitted_as = parameters_of_the_model(estimator.get_params(deep=False))
 
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
@@ -355,7 +353,7 @@ class LatentVariableEstimator(FittedLatents):
         X, setting, _ = self._training(X, sample_weight, reset=False)
         check_stream_type(X, self.loadings_)
         if self._fitted_as is not None:
-            refuse_changes(changed_parameters(self.get_params(), self._fitted_as))
+            refuse_changes(changed_parameters(self.get_params(deep=False), self._fitted_as))
         parameters = setting.loadings.parameters(self._model_for(setting))
         state, ends = self._adam, EndColumns(**self._ends) if self._ends else None
         if ends:

@@ -444,7 +444,7 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
             In float64 or float32, whichever the model is worked on in, on the CPU.
         """
         check_is_fitted(self)
-        self._check_exposure()
+        self._check_law()
         # Here and not above: it imports torch's compiler, which takes as long as all the rest.
         from skdeq.nn import EquilibriumLayer, tie_to_kernels
 

@@ -1,6 +1,7 @@
 """What ExpFamilyDEQ does with fitted parameters: rows to tensors, solve, return."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import numpy_dtype, resolve_device, returned, to_tensor, torch_dtype
 from skdeq._data import to_observations
-from skdeq._expfam_layout import LatentLayout
+from skdeq._expfam_layout import LatentLayout, changed_law
 from skdeq._exposure import exposure_offset
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions
@@ -31,6 +32,8 @@ class FittedLatents(LatentLayout):
 
     # Whether float32 data are worked on in float64, as the training data ask for.
     _in_double: bool = False
+    # What the model was fitted as; saved by an older version, it does not know.
+    _fitted_as: dict[str, Any] | None = None
     # What is taken off dense rows, and off the intercept, before anything is computed.
     _origin: np.ndarray | None = None
 
@@ -151,6 +154,7 @@ class FittedLatents(LatentLayout):
     def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
         """Validate rows and solve them; also their setting, and the rows from their origin."""
         check_is_fitted(self)
+        self._check_law()
         family = self._family()
         X = check_observations(self, X, family, reset=False)
         X = self._moved(X)
@@ -158,15 +162,14 @@ class FittedLatents(LatentLayout):
 
     def _solve_moved(self, X) -> tuple[FixedPointResult, Setting]:
         """Solve validated rows that their origin has been taken off; also their setting."""
-        self._check_exposure()
         setting, _ = self._setting(X, self._family(), None, self._exposure_profile)
         return self._latents(setting), setting
 
     def _row_exposures(self, X) -> torch.Tensor:
         """Size factors (n,) of rows, where they are."""
         check_is_fitted(self)
+        self._check_law()
         X = check_observations(self, X, self._family(), reset=False)
-        self._check_exposure()
         device = resolve_device(self.device, X)
         if self.exposure is None:
             return torch.ones(X.shape[0], dtype=torch.float64, device=device)
@@ -182,11 +185,15 @@ class FittedLatents(LatentLayout):
             predictors += setting.row_offset.unsqueeze(1)
         return predictors
 
-    def _check_exposure(self) -> None:
-        if (self.exposure is None) != (self._exposure_profile is None):
+    def _check_law(self) -> None:
+        """Refuse to apply a fitted model under another law than it was fitted with."""
+        changes = {}
+        if self._fitted_as is not None:
+            changes = changed_law(self.get_params(deep=False), self._fitted_as)
+        for name, (asked, there) in changes.items():
             raise ValueError(
-                f"{type(self).__name__} was not fitted with exposure={self.exposure!r}; call fit "
-                "again."
+                f"{type(self).__name__} was not fitted with {name}={asked!r} but with {there!r}; "
+                "call fit again, or set it back."
             )
 
     def _codes(self, X) -> torch.Tensor:

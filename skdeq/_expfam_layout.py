@@ -15,7 +15,7 @@ from skdeq._family import CanonicalMap, Family
 from skdeq._loadings import FreeLoadings, KernelLoadings, Loadings
 from skdeq.families import get_canonical_map, get_family, get_hidden_map
 
-__all__ = ["LatentLayout", "changed_parameters", "parameters_of_the_model"]
+__all__ = ["LatentLayout", "changed_law", "changed_parameters", "parameters_of_the_model"]
 
 
 def _as_tuple(value: Any) -> tuple:
@@ -50,23 +50,40 @@ _OF_THE_MODEL: dict[str, Callable] = {
     "alpha": _as_tuple,
 }
 _OF_CONVOLUTIONS = ("image_shape", "kernel_size", "stride")
+# Parameters that make another optimum, though a stream may go on from where it is.
+_OF_THE_OPTIMUM: dict[str, Callable] = {**_OF_THE_MODEL, "weight_decay": _as_tuple}
+# Parameters that only a fit asks for: the arrays that are fitted say how many there are.
+_OF_THE_SHAPES = ("n_components", "hidden_layer_sizes", "loadings")
 
 
 def parameters_of_the_model(parameters: dict[str, Any]) -> dict[str, Any]:
     """Copy those of an estimator's parameters that make another model."""
-    return {name: copy.deepcopy(parameters[name]) for name in _OF_THE_MODEL}
+    return {name: copy.deepcopy(parameters[name]) for name in _OF_THE_OPTIMUM}
 
 
-def changed_parameters(asked: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Parameters that ask for another model than there is: what they are, and were."""
+def changed_parameters(
+    asked: dict[str, Any], there: dict[str, Any], *, optimum: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Parameters that ask for another model than there is: what they are, and were.
+
+    If ``optimum``, those that ask for another optimum as well.
+    """
     idle = set(_OF_CONVOLUTIONS) if asked["loadings"] == "dense" else set()
     if not _as_tuple(asked["hidden_layer_sizes"]):
         idle.add("hidden_map")
+    forms = _OF_THE_OPTIMUM if optimum else _OF_THE_MODEL
     return {
         name: (asked[name], there[name])
-        for name, form in _OF_THE_MODEL.items()
-        if name not in idle and form(asked[name]) != form(there[name])
+        for name, form in forms.items()
+        # Saved by an older version, a model does not know of all.
+        if name not in idle and name in there and form(asked[name]) != form(there[name])
     }
+
+
+def changed_law(asked: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Parameters that ask for another law of the rows than was fitted: what they are, and were."""
+    changes = changed_parameters(asked, there)
+    return {name: pair for name, pair in changes.items() if name not in _OF_THE_SHAPES}
 
 
 class LatentLayout(BaseEstimator):

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from sklearn import config_context
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
-from skdeq._base import host_array, returned
+from skdeq._base import returned
 from skdeq._chunks import parallel_chunks
 from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
 from skdeq._likelihood import laplace_log_likelihood
 from skdeq._typing import MatrixLike, Output, VectorLike
-from skdeq._validation import check_codes
+from skdeq._validation import check_codes, check_weights
 from skdeq.families import get_family
 from skdeq.fixed_point import FixedPointResult
 
@@ -88,6 +88,7 @@ class LatentTransformer(
 
     def _natural_parameters(self, Z: VectorLike) -> torch.Tensor:
         check_is_fitted(self)
+        self._check_law()
         codes = check_codes(Z, self._n_features_out, "Z")
         return self._family().exact.canonical(self._predictors(codes))
 
@@ -170,11 +171,7 @@ class LatentTransformer(
         """
         with config_context(array_api_dispatch=False):
             scores = self.score_samples(X)
-            weight = None
-            if sample_weight is not None:
-                weight = _check_sample_weight(
-                    host_array(sample_weight, "sample_weight"), X, ensure_non_negative=True
-                )
+            weight = None if sample_weight is None else check_weights(sample_weight, scores)
         return float(np.average(scores, weights=weight))
 
     @property

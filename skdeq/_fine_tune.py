@@ -253,9 +253,9 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
         check_classification_targets(y)
         return column_or_1d(y, warn=True)
 
-    def _learn_targets(self, y, sample_weight) -> None:
-        """Take note of the labels."""
-        self.classes_ = np.unique(y)
+    def _learn_targets(self, given, y, sample_weight) -> None:
+        """Take note of the labels, those that are only of rows without weight among them."""
+        self.classes_ = np.unique(given)
         if len(self.classes_) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least two classes; y has one class, "
@@ -389,7 +389,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
             raise ValueError(f"Input y contains NaN or infinity: {place} is {y[row, *column]}.")
         return y
 
-    def _learn_targets(self, y, sample_weight) -> None:
+    def _learn_targets(self, given, y, sample_weight) -> None:
         """Take note of location and scale."""
         largest = np.abs(y).max(axis=0)
         # Of zeros there is no scale, and later targets may have any.

@@ -49,7 +49,8 @@ class WithBackbone(BaseEstimator):
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for another model than is fitted: what they are, and were."""
-        asked, there = self._backbone().get_params(), self.backbone_.get_params()
+        asked = self._backbone().get_params(deep=False)
+        there = self.backbone_.get_params(deep=False)
         if self.backbone is None:
             asked["n_components"] = there["n_components"]
         changes = {
@@ -71,7 +72,8 @@ class WithBackbone(BaseEstimator):
         is_frozen = isinstance(self.backbone, FrozenEstimator)
         if is_frozen or not is_fitted or backbone._fitted_as is None:
             return is_fitted
-        return not changed_parameters(backbone.get_params(), backbone._fitted_as)
+        asked = backbone.get_params(deep=False)
+        return not changed_parameters(asked, backbone._fitted_as, optimum=True)
 
     def _check_backbone(self) -> None:
         # One that is fitted is not fitted again, but used with the parameters that it has.

@@ -167,10 +167,10 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
             For observations outside the support of the family, naming row and column.
         """
         with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
-            X, y, sample_weight = self._validated(X, y, sample_weight, reset=True)
-            going_on = self.warm_start and self._fits_together(X.shape[1], y)
+            given, X, y, sample_weight = self._validated(X, y, sample_weight, reset=True)
+            going_on = self.warm_start and self._fits_together(X.shape[1], given)
             if not going_on:
-                self._learn_targets(y, sample_weight)
+                self._learn_targets(given, y, sample_weight)
             targets = self._encode_targets(y)
             self._train(X, targets, sample_weight, progress, going_on=going_on, stream=False)
             self._n_batches = 0
@@ -192,18 +192,19 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
     def _pass_once(self, X, y, sample_weight, progress: Progress, *, labels=None) -> None:
         """Go once through some rows; of the first call learn the targets, or take the labels."""
         going_on = hasattr(self, "coefs_")
-        X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
+        given, X, y, sample_weight = self._validated(X, y, sample_weight, reset=not going_on)
         if going_on:
             check_stream_type(X, self.coefs_[0])
             refuse_changes(self._changes())
         if not going_on and labels is None:
-            self._learn_targets(y, sample_weight)
+            self._learn_targets(given, y, sample_weight)
         elif not going_on:
-            self._learn_targets(labels, None)
+            self._learn_targets(labels, y, sample_weight)
         targets = self._encode_targets(y)
         self._train(X, targets, sample_weight, progress, going_on=going_on, stream=True)
 
     def _validated(self, X, y, sample_weight, *, reset: bool):
+        """Validate; return all targets, and rows, targets and weights of positive weight."""
         self._check_head()
         self._check_backbone()
         family = get_family((self._backbone() if reset else self.backbone_).family)
@@ -218,8 +219,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
                 f"Found input variables with inconsistent numbers of samples: X has {X.shape[0]}, "
                 f"y has {len(y)}."
             )
-        sample_weight, X, y = weighted_rows(sample_weight, X, y)
-        return X, y, sample_weight
+        sample_weight, X, kept = weighted_rows(sample_weight, X, y)
+        return y, X, kept, sample_weight
 
     def _check_head(self) -> None:
         for size in self.head_layer_sizes:

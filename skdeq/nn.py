@@ -1,5 +1,6 @@
 """The equilibrium layer as a torch module, to be trained within a network."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -150,9 +151,10 @@ class EquilibriumLayer(nn.Module):
         if fixed_point not in ("auto", "newton"):
             raise ValueError(f"fixed_point must be 'auto' or 'newton'; got {fixed_point!r}.")
         self.fixed_point = fixed_point
-        self.family = through(get_family(family), get_canonical_map(canonical_map))
+        # Copies: whoever changes the arguments of a family has not trained this layer with them.
+        self.family = copy.deepcopy(through(get_family(family), get_canonical_map(canonical_map)))
         self.alpha, self.tol, self.max_iter = float(alpha), float(tol), int(max_iter)
-        self.hidden_map = get_hidden_map(hidden_map)
+        self.hidden_map = copy.deepcopy(get_hidden_map(hidden_map))
         empty = partial(torch.empty, device=device, dtype=dtype)
         self.loadings = nn.Parameter(empty(sizes[0], sizes[1]))
         self.intercept = nn.Parameter(empty(sizes[0]))

@@ -1294,15 +1294,32 @@ def test_a_dense_fit_has_no_kernels_of_an_earlier_one():
     assert not hasattr(fitted.set_params(loadings="dense").fit(X), "kernels_")
 
 
-def test_an_exposure_that_was_not_fitted_is_refused():
+@pytest.mark.parametrize(
+    ("fitted_with", "asked"),
+    [
+        ({}, {"exposure": "total"}),
+        ({"exposure": "total"}, {"exposure": None}),
+        ({}, {"family": "gamma"}),
+        ({"family": Binomial(50)}, {"family__n_trials": 60}),
+        ({}, {"canonical_map": "softplus"}),
+        ({}, {"alpha": 2.0}),
+        ({"hidden_layer_sizes": (3,), "max_iter": 2}, {"hidden_map": "relu"}),
+    ],
+)
+def test_another_law_than_was_fitted_is_refused(fitted_with, asked):
     X = sample("poisson")
-    fitted = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X).set_params(exposure="total")
-    for method in (fitted.transform, fitted.score, lambda X: fitted.to_module()):
-        with pytest.raises(ValueError, match="was not fitted with exposure='total'; call fit"):
+    model = ExpFamilyDEQ(2, **{"family": "poisson", "tol": 1.0, "random_state": 0, **fitted_with})
+    before = model.fit(X).transform(X)
+    was = {name: model.get_params()[name] for name in asked}
+    model.set_params(**asked)
+    methods = [model.transform, model.score, model.row_exposures, lambda X: model.to_module()]
+    for method in (*methods, lambda X: model.inverse_transform(before)):
+        with pytest.raises(ValueError, match="was not fitted with .* but with .*; call fit again"):
             method(X)
-    fitted.fit(X).set_params(exposure=None)
-    with pytest.raises(ValueError, match="was not fitted with exposure=None"):
-        fitted.transform(X)
+    np.testing.assert_array_equal(model.set_params(**was).transform(X), before)
+    # What does not enter the law may change.
+    model.set_params(n_components=1, weight_decay=1.0, fixed_point_max_iter=60)
+    np.testing.assert_array_equal(model.transform(X), before)
 
 
 def test_a_family_with_an_array_for_parameter_streams():

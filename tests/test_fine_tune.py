@@ -866,7 +866,7 @@ def test_a_frozen_backbone_stays_what_it_is():
     X, label, _ = data()
     backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
     loadings = backbone.loadings_
-    backbone.set_params(alpha=5.0)
+    backbone.set_params(weight_decay=5.0)
     frozen = DEQClassifier(FrozenEstimator(backbone), fine_tune=False, max_iter=1).fit(X, label)
     np.testing.assert_array_equal(frozen.backbone_.loadings_, loadings)
 
@@ -941,3 +941,26 @@ def test_parameters_of_the_backbone_are_validated(Estimator, name, value):
     fitted = backbone.fit(X).set_params(**{name: value})
     with pytest.raises(ValueError, match=message):
         Estimator(fitted).fit(X, y)
+
+
+def test_classes_of_rows_without_weight_stay_classes():
+    X, label, _ = data()
+    label = np.where(np.arange(400) % 5, label, "unweighted")
+    weight = (label != "unweighted").astype(float)
+    fitted = classifier(max_iter=2, tol=10.0, n_iter_no_change=1).fit(X, label, weight)
+    reference = LogisticRegression().fit(X, label, weight)
+    np.testing.assert_array_equal(fitted.classes_, reference.classes_)
+    assert fitted.predict_proba(X).shape == (400, 3)
+    assert "unweighted" not in fitted.predict(X)
+
+
+def test_a_fitted_backbone_of_another_penalty_is_fitted_anew():
+    X, label, _ = data()
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    options = {"fine_tune": False, "max_iter": 2, "tol": 10.0, "n_iter_no_change": 1}
+    kept = DEQClassifier(backbone, random_state=0, **options).fit(X, label).backbone_
+    np.testing.assert_array_equal(kept.loadings_, backbone.loadings_)
+    backbone.set_params(weight_decay=0.3)
+    anew = DEQClassifier(backbone, random_state=0, **options).fit(X, label).backbone_
+    expected = clone(backbone).fit(X).loadings_
+    np.testing.assert_array_equal(anew.loadings_, expected)

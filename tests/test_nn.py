@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from skdeq import ExpFamilyDEQ
-from skdeq.families import CanonicalMap, Interval, get_family
+from skdeq.families import Binomial, CanonicalMap, Interval, get_family
 from skdeq.implicit import attach_gradient
 from skdeq.nn import EquilibriumLayer
 
@@ -632,3 +632,12 @@ def test_float32_tells_the_sides_of_a_kink_apart():
     exact.sum().backward()
     for one, other in zip(layer.parameters(), wide.parameters(), strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_keeps_the_law_that_it_was_made_with():
+    X = sample("binomial")
+    model = ExpFamilyDEQ(2, family=Binomial(20), random_state=0).fit(X)
+    layer = model.to_module()
+    before = layer(torch.from_numpy(X))
+    model.set_params(family__n_trials=400)
+    torch.testing.assert_close(layer(torch.from_numpy(X)), before, rtol=0, atol=0)

@@ -354,3 +354,23 @@ def test_pooled_covariance_is_that_of_all_rows():
     np.testing.assert_allclose(mean, np.average(rows, axis=0, weights=weight))
     np.testing.assert_allclose(covariance, np.cov(rows.T, aweights=weight, ddof=0))
     assert total == pytest.approx(weight.sum())
+
+
+def test_a_refused_batch_keeps_the_kind_of_its_error():
+    class Refused(ValueError):
+        def __init__(self, row, column):
+            super().__init__(row, column)
+            self.row, self.column = row, column
+
+    class Choosy(type(get_family("poisson"))):
+        def sufficient(self, x):
+            if bool((x > 1000).any()):
+                raise Refused(3, 1)
+            return x
+
+    X = sample("poisson")
+    stream = ExpFamilyDEQ(2, family=Choosy(), random_state=0).partial_fit(X)
+    with pytest.raises(Refused) as caught:
+        stream.partial_fit(X + 1001)
+    assert (caught.value.row, caught.value.column) == (3, 1)
+    assert "batch 2 of this stream" in caught.value.__notes__[0]
