@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import (
@@ -31,7 +30,7 @@ from skdeq._encoding import distance_variances, encode
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import Progress
 from skdeq._validation import check_rows, check_stream_type, refuse_changes, weighted_rows
-from skdeq._warn import warn
+from skdeq._warn import warn, warn_of_convergence
 from skdeq.objectives import ACTIVATIONS, Activation, ObjectiveWeights, PairActivation
 
 __all__ = ["EncoderBase"]
@@ -238,7 +237,7 @@ class EncoderBase(BaseEstimator):
     def _warn_of(self, sentences: list[str]) -> None:
         """Warn once of all that went wrong."""
         if sentences:
-            warn(" ".join(sentences), ConvergenceWarning)
+            warn_of_convergence(" ".join(sentences))
 
     def _encode(self, rows, device: torch.device) -> torch.Tensor:
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
@@ -46,7 +45,7 @@ from skdeq._validation import (
     warn_of_ends,
     weighted_rows,
 )
-from skdeq._warn import warn
+from skdeq._warn import warn_of_convergence
 
 if TYPE_CHECKING:
     from skdeq.nn import EquilibriumLayer
@@ -195,7 +194,7 @@ class LatentVariableEstimator(FittedLatents):
             )
         else:
             return
-        warn(what, ConvergenceWarning)
+        warn_of_convergence(what)
 
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Keep what was fitted, and what it explains of the rows."""

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from skdeq._base import numpy_dtype, resolve_device, returned, to_tensor, torch_dtype
@@ -20,7 +19,7 @@ from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents
 from skdeq._setting import Setting
 from skdeq._validation import check_observations
-from skdeq._warn import warn
+from skdeq._warn import warn_of_convergence
 from skdeq.families import Family
 from skdeq.fixed_point import SOLVERS, FixedPointResult
 
@@ -215,11 +214,10 @@ class FittedLatents(LatentLayout):
                 advice = ["raise alpha, as their digits do not tell the latents apart"]
             if result.value.dtype == torch.float32:
                 advice.append("pass float64 data or centre them")
-            warn(
+            warn_of_convergence(
                 f"The latents of {left} of {len(result.converged)} rows are not solved to "
                 f"fixed_point_tol={self.fixed_point_tol:g} (largest residual {worst:.1e}, see "
-                f"map_latents): {', or '.join(advice)}.",
-                ConvergenceWarning,
+                f"map_latents): {', or '.join(advice)}."
             )
         return result
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from sklearn import config_context
 from sklearn.base import _fit_context
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Tags, check_random_state
@@ -35,7 +34,7 @@ from skdeq._validation import (
     refuse_changes,
     weighted_rows,
 )
-from skdeq._warn import warn
+from skdeq._warn import warn_of_convergence
 from skdeq.families import get_family
 
 __all__ = ["FineTuned", "ScoredOnHost"]
@@ -295,27 +294,24 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         if self.fine_tune and self.backbone_learning_rate is not None:
             lower += f" or backbone_learning_rate={self.backbone_learning_rate:g}"
         if trainer.taken_back:
-            warn(
+            warn_of_convergence(
                 f"{trainer.taken_back} steps of {type(self).__name__} left the domain of family "
                 f"{self.backbone_.family!r} or the finite numbers and were taken back: lower "
-                f"{lower}.",
-                ConvergenceWarning,
+                f"{lower}."
             )
         elif trainer.undone:
             times = "once" if trainer.undone == 1 else f"{trainer.undone} times"
-            warn(
+            warn_of_convergence(
                 f"{type(self).__name__} was set back {times}, since an epoch ended with more than "
                 "twice the loss of a prediction that knows nothing of the rows, or none with less "
                 "than its loss; the training went on with a tenth of the step each time. Lower "
-                f"{lower}.",
-                ConvergenceWarning,
+                f"{lower}."
             )
         elif not converged:
-            warn(
+            warn_of_convergence(
                 f"{type(self).__name__} did not converge: within max_iter={self.max_iter} epochs "
                 f"the {watched} never stood still, to within tol={self.tol:g}, for "
-                f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol.",
-                ConvergenceWarning,
+                f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol."
             )
 
     def _head_options(self, n_rows: int | None = None) -> HeadOptions:

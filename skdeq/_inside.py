@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from skdeq._family import Family
@@ -36,6 +35,9 @@ def latents_inside(loadings: Tensor, intercept: Tensor, domain: Interval) -> Ten
             sides.append(np.hstack([sign * W, length]))
             room.append(sign * (end - b))
     k = W.shape[1]
+    # Not above: the layer, which asks for this next to never, is on torch alone.
+    from scipy.optimize import linprog
+
     found = linprog(
         np.r_[np.zeros(k), -1.0],
         A_ub=np.vstack(sides),

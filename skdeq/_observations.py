@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -71,6 +70,9 @@ class CompressedRows:
         transpose.__dict__["_origin"] = weakref.ref(self)
 
     def _transposed_by_scipy(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Not above: the layer, which has no sparse rows, is on torch alone.
+        import scipy.sparse as sp
+
         # On the host scipy counts where torch sorts: a fifth of the time and no more memory.
         bare = self.values is None
         values = np.ones(len(self.indices), np.int8) if bare else self.values.numpy()

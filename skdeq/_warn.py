@@ -4,7 +4,7 @@ import sys
 import warnings
 from types import FrameType
 
-__all__ = ["warn"]
+__all__ = ["warn", "warn_of_convergence"]
 
 # Between the user and us: wrappers of methods, and what reads saved models.
 _BETWEEN = {
@@ -27,6 +27,14 @@ def warn(message: str, category: type[Warning]) -> None:
     while frame is not None and _package(frame) in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def warn_of_convergence(message: str) -> None:
+    """Warn, as :func:`warn` does, of a solution that is not what was asked for."""
+    # Not above: the mathematics that warns is on torch alone.
+    from sklearn.exceptions import ConvergenceWarning
+
+    warn(message, ConvergenceWarning)
 
 
 def _package(frame: FrameType) -> str:

@@ -8,13 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
-from skdeq._exposure import log_exposure
 from skdeq._hierarchy import HiddenLayer, has_one_solution, split_layers
 from skdeq._inside import predictors_inside
 from skdeq._latents import LatentSolver
@@ -26,7 +24,8 @@ from skdeq._layer_checks import (
     checked_start,
 )
 from skdeq._layer_equilibrium import Equilibrium
-from skdeq._warn import warn
+from skdeq._size_factors import log_exposure
+from skdeq._warn import warn_of_convergence
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family, get_hidden_map
 from skdeq.fixed_point import FixedPointResult
 
@@ -345,12 +344,11 @@ class EquilibriumLayer(nn.Module):
                 "latents bring all features back into it there is no solution; clamp it after "
                 "each step"
             )
-        warn(
+        warn_of_convergence(
             f"{left} of {len(result.converged)} rows of EquilibriumLayer are not solved to "
             f"tol={self.tol:g} (largest residual {float(result.residual.max()):.1e}), so that "
             "their latents are off and their gradients wrong; certify says which they are. "
-            f"{advice}.",
-            ConvergenceWarning,
+            f"{advice}."
         )
 
 

@@ -47,6 +47,28 @@ def test_import_loads_no_heavy_modules():
     assert not (by_skdeq - by_dependencies) & set(HEAVY)
 
 
+ALONE = """
+import sys, types
+skdeq = types.ModuleType("skdeq")
+skdeq.__path__ = [{path!r}]
+sys.modules["skdeq"] = skdeq
+import skdeq.{module}
+print(*sys.modules, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("module", ["families", "fixed_point", "implicit", "nn", "objectives"])
+def test_the_mathematics_is_on_torch_alone(module):
+    # Of the package only what the module itself imports.
+    script = ALONE.format(path=str(PACKAGE), module=module)
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert f"skdeq.{module}" in loaded
+    assert not {"scipy", "sklearn", "joblib", "pandas"} & {
+        name.partition(".")[0] for name in loaded
+    }
+
+
 def test_submodules_are_there_when_asked_for():
     public = {module.name for module in pkgutil.iter_modules(skdeq.__path__)}
     public = {name for name in public if not name.startswith("_")}
