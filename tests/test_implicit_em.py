@@ -864,3 +864,104 @@ def test_variances_of_distances_are_those_of_the_features(make, weighted, monkey
     features = encoder.transform(X).astype(float)
     expected = np.cov(features.T, aweights=weight, ddof=0).diagonal()
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+def test_batches_count_by_the_weights_of_their_rows(solver):
+    X = digits(301)
+    weight = np.random.default_rng(0).integers(1, 9, size=301)
+    options = {"solver": solver, "learning_rate": 0.002, "batch_size": 64, "max_iter": 2}
+    fitted = encoder(**options).fit(X, sample_weight=weight)
+    seed = np.random.RandomState(0).randint(np.iinfo(np.int32).max)
+    generator = torch.Generator().manual_seed(int(seed))
+    rows, times = torch.from_numpy(X), torch.from_numpy(weight)
+    preconditioner = fit_preconditioner(rows, times)
+    layer = start_weights(16, preconditioner.varying, generator).requires_grad_()
+    location = torch.from_numpy(np.average(X, axis=0, weights=weight))
+    inputs = (rows - location) / preconditioner.scale
+    inputs = torch.cat([inputs, torch.full((301, 1), 13**0.5, dtype=torch.float64)], dim=1)
+    optimiser = OPTIMISERS[solver][0]([layer], lr=0.002)
+    for _ in range(2):
+        losses = []
+        for index in torch.randperm(301, generator=generator).tensor_split(5):
+            batch = inputs[index].repeat_interleave(times[index], dim=0)
+            loss = plain_loss(torch.relu(batch @ layer.T), ObjectiveWeights())
+            loss = loss * times[index].double().mean() / weight.mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    np.testing.assert_allclose(fitted.loss_curve_[-1], np.mean(losses), rtol=1e-10)
+    expected = torch.relu(inputs @ layer.T).detach()
+    np.testing.assert_allclose(fitted.transform(X), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch_size", [150, 40])
+@pytest.mark.parametrize("n_epochs", [1, 2])
+def test_components_are_revived_that_were_dead_in_the_last_epoch(batch_size, n_epochs):
+    X = load_iris().data
+    # Weights that hardly move: what changes is what was revived.
+    options = {"revive_dead": True, "learning_rate": 1e-12, "batch_size": batch_size, "tol": 0.0}
+    before = encoder(64, max_iter=n_epochs, **options).fit(X)
+    after = encoder(64, max_iter=n_epochs + 1, **options).fit(X)
+    revived = np.abs(after.components_ - before.components_).max(axis=1) > 1e-6
+    variance = before.transform(X).var(axis=0)
+    clear = np.abs(np.log(variance / 0.01)) > (0 if batch_size == 150 else 0.3)
+    np.testing.assert_array_equal(revived[clear], (variance < 0.01)[clear])
+    assert ((variance > 0.005) & revived).any() and not revived.all()
+
+
+def test_nothing_is_revived_after_the_last_epoch():
+    X = load_iris().data
+    # Of one batch, which has the same loss in any order.
+    options = {"batch_size": 150, "max_iter": 1}
+    plain, revived = (
+        encoder(64, revive_dead=revive_dead, **options).fit(X) for revive_dead in (False, True)
+    )
+    assert len(plain.dead_components_)
+    np.testing.assert_allclose(revived.components_, plain.components_, atol=1e-9)
+
+
+def test_without_tol_all_epochs_are_run():
+    X = digits(100)
+    options = {"max_iter": 60, "batch_size": 25, "learning_rate": 0.03}
+    fitted = encoder(4, tol=0.0, **options).fit(X)
+    best = np.minimum.accumulate(fitted.loss_curve_)
+    assert fitted.n_iter_ == 60
+    assert (best[5:] == best[:-5]).any()
+    assert encoder(4, tol=1e-12, **options).fit(X).n_iter_ < 60
+
+
+@pytest.mark.parametrize("options", [{"solver": "adam"}, {"momentum": 0.5}], ids=str)
+def test_steps_of_any_solver_are_shorter_once_they_are_taken_back(options):
+    X = load_breast_cancer().data
+    options = {"activation": "abs", **options}
+    start = encoder(4, max_iter=1, learning_rate=1e-12, **options).fit(X)
+    with pytest.warns(ConvergenceWarning, match="led nowhere or diverged and were undone"):
+        fitted = encoder(4, max_iter=20, learning_rate=3.0, **options).fit(X)
+    assert fitted.score(X) > start.score(X)
+
+
+def test_the_loss_before_training_is_weighted():
+    X = digits(40)
+    weight = np.random.default_rng(0).integers(1, 5, size=40)
+    rows, many = torch.from_numpy(X), torch.from_numpy(np.repeat(X, weight, axis=0))
+    of_rows = torch.from_numpy(weight.astype(float))
+    preconditioner = fit_preconditioner(many, None)
+    start = start_weights(16, preconditioner.varying, torch.Generator().manual_seed(0))
+    weighted, repeated = (
+        encoder()
+        ._trainer(some, torch.device("cpu"), preconditioner, start, np.float64)
+        .loss_of(its_weight, torch.arange(len(some)))
+        for some, its_weight in ((rows, of_rows), (many, None))
+    )
+    assert weighted == pytest.approx(repeated, rel=1e-10)
+
+
+def test_a_step_beyond_the_finite_numbers_after_a_finite_loss_is_left_out():
+    X = digits(100).astype(np.float32)
+    stream = encoder(max_iter=1, activation="identity").fit(X)
+    before = stream.components_.copy()
+    with pytest.warns(ConvergenceWarning, match="were left out"):
+        stream.set_params(learning_rate=1e38).partial_fit(X)
+    np.testing.assert_array_equal(stream.components_, before)
