@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import CUDA, sample
+from scipy.special import softmax
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
@@ -26,6 +27,7 @@ from sklearn.model_selection import (
 )
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ
+from skdeq._head_training import HeadTrainer
 from skdeq.families import Binomial, Poisson
 
 # Training that is cut short on purpose says so.
@@ -964,3 +966,103 @@ def test_a_fitted_backbone_of_another_penalty_is_fitted_anew():
     anew = DEQClassifier(backbone, random_state=0, **options).fit(X, label).backbone_
     expected = clone(backbone).fit(X).loadings_
     np.testing.assert_array_equal(anew.loadings_, expected)
+
+
+def test_validation_sees_whole_rows_where_training_leaves_entries_out():
+    X, label, _ = data(n=200)
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    options = {"early_stopping": True, "validation_fraction": 0.5, "max_iter": 5}
+    network = classifier(dropout=0.8, fine_tune=False, **options).set_params(backbone=backbone)
+    network.fit(X, label)
+    seed = np.random.RandomState(0).randint(np.iinfo(np.int32).max, size=3)[2]
+    _, rows = train_test_split(
+        np.arange(200), test_size=100, random_state=int(seed), stratify=label
+    )
+    assert max(network.validation_scores_) == network.score(X[rows], label[rows])
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_a_step_that_is_taken_back_leaves_the_ones_before_it(fine_tune, monkeypatch):
+    X, label, _ = data(n=60)
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    options = {"backbone": backbone, "fine_tune": fine_tune, "batch_size": 60}
+    expected = classifier(max_iter=2).set_params(**options).fit(X, label)
+    gradient, calls = HeadTrainer._gradient, []
+
+    def astray_at_the_end(self, index, factor):
+        calls.append(index)
+        value = gradient(self, index, factor)
+        return value if len(calls) < 4 else None
+
+    monkeypatch.setattr(HeadTrainer, "_gradient", astray_at_the_end)
+    with pytest.warns(ConvergenceWarning, match="1 steps of DEQClassifier .* were taken back"):
+        fitted = classifier(max_iter=3).set_params(**options).fit(X, label)
+    assert len(calls) == 4
+    np.testing.assert_allclose(fitted.coefs_[0], expected.coefs_[0], rtol=1e-12)
+    np.testing.assert_allclose(fitted.backbone_.intercept_, expected.backbone_.intercept_)
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_losses_that_epochs_are_judged_by_are_weighted(make, monkeypatch):
+    X, label, number = data(n=200)
+    y = label if make is classifier else number
+    weight = np.random.default_rng(0).uniform(0.01, 10, size=200)
+    n_outputs = 2 if make is classifier else 1
+    mean_loss, of_nothing, seen = HeadTrainer.mean_loss, HeadTrainer.loss_of_nothing, []
+
+    def spy(self, outputs, index):
+        seen.append((outputs, index, mean_loss(self, outputs, index)))
+        return seen[-1][-1]
+
+    def spy_on_nothing(self, index):
+        seen.append((np.zeros((len(index), n_outputs)), index.numpy(), of_nothing(self, index)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(HeadTrainer, "mean_loss", spy)
+    monkeypatch.setattr(HeadTrainer, "loss_of_nothing", spy_on_nothing)
+    network = make(early_stopping=True, fine_tune=False, max_iter=2)
+    network.fit(X, y, sample_weight=weight)
+    mean = np.average(number, weights=weight)
+    scaled = (number - mean) / np.average((number - mean) ** 2, weights=weight) ** 0.5
+    for outputs, index, found in seen:
+        if make is classifier:
+            shares = softmax(outputs, axis=1)
+            expected = log_loss(label[index], shares, sample_weight=weight[index])
+        else:
+            errors = (outputs.ravel() - scaled[index]) ** 2 / 2
+            expected = np.average(errors, weights=weight[index])
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("learning_rate", [0.4, 0.5, 10.0])
+def test_more_than_twice_the_loss_of_nothing_is_undone_to_before_the_step(learning_rate):
+    X, label, _ = data("gaussian", n=200)
+    options = {"fine_tune": False, "batch_size": 200, "max_iter": 3}
+    network = classifier("gaussian", learning_rate=learning_rate, **options).fit(X, label)
+    start, astray, after = np.array(network.loss_curve_) / np.log(2)
+    if learning_rate < 0.5:
+        assert start < astray < 2 and after != pytest.approx(start, rel=1e-3)
+    else:
+        assert astray > 2 and after == pytest.approx(start, rel=1e-6)
+    assert learning_rate != 0.5 or astray < 5
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_a_stream_that_trains_other_parameters_begins_with_new_moments(fine_tune):
+    X, label, _ = data(n=60)
+    stream = classifier(fine_tune=fine_tune, batch_size=60)
+    for _ in range(2):
+        stream.partial_fit(X, label, classes=["high", "low"])
+    stream.set_params(fine_tune=not fine_tune).partial_fit(X, label)
+    assert {float(one["step"]) for one in stream._solver_state} == {1}
+
+
+def test_a_stream_from_a_fitted_backbone_is_principal_over_what_that_has_seen():
+    X, label, _ = data(n=400)
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(X)
+    stream = classifier(learning_rate=1e-9).set_params(backbone=backbone)
+    stream.partial_fit(X[:40], label[:40], classes=["high", "low"])
+    scores = stream.backbone_.transform(np.vstack([X, X[:40]]))
+    assert abs(np.corrcoef(scores, rowvar=False)[0, 1]) < 1e-4
+    assert abs(np.corrcoef(scores[400:], rowvar=False)[0, 1]) > 1e-2
