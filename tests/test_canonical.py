@@ -14,6 +14,7 @@ from skdeq.families import (
     CANONICAL_MAPS,
     CanonicalMap,
     Gamma,
+    Interval,
     NegativeBinomial,
     ReLU,
     get_canonical_map,
@@ -282,3 +283,44 @@ def test_a_rounded_map_is_not_the_map_itself():
     assert rounded != ReLU() and rounded != ReLU().smoothed(0.1)
     assert rounded == ReLU().smoothed(0.01) and hash(rounded) == hash(ReLU().smoothed(0.01))
     assert repr(rounded) == "ReLU(mask='latents', width=0.01)"
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_rounding_off_leaves_the_map_that_is_given_alone():
+    relu, near = ReLU(), torch.tensor([1e-3, 5e-3], dtype=torch.float64)
+    ExpFamilyDEQ(1, canonical_map=relu, max_iter=2, tol=1.0).fit(sample("gaussian"))
+    assert not torch.equal(relu.smoothed(0.01).value(near), near)
+    assert torch.equal(relu.value(near), near)
+
+
+@pytest.mark.parametrize("mask", ReLU.masks)
+def test_the_expected_curvature_of_a_masked_family(mask):
+    zeta = torch.tensor([[-1.5, -0.2, 0.3, 2.0]], dtype=torch.float64)
+    variance = MappedFamily(get_family("poisson"), ReLU(mask=mask)).variance(zeta)
+    torch.testing.assert_close(variance, torch.exp(zeta) * (zeta > 0))
+
+
+class Falling(CanonicalMap):
+    """Takes the domain of the gamma family from the other side."""
+
+    def value(self, zeta):
+        return -zeta
+
+    def derivative(self, zeta):
+        return -torch.ones_like(zeta)
+
+    def inverse(self, eta):
+        return -eta
+
+
+class FromZeroToFive(Gamma):
+    """Of canonical parameters the lower end of which may be reached."""
+
+    domain = Interval(0, 5, True, False)
+
+
+def test_the_domain_of_a_mapped_family_is_what_an_increasing_map_takes_to_that_of_the_family():
+    assert MappedFamily(Gamma(1.0), Falling()).domain.is_real_line
+    assert MappedFamily(Gamma(1.0), Square()).domain.is_real_line
+    found = MappedFamily(FromZeroToFive(1.0), get_canonical_map("tanh")).domain
+    assert found == Interval(0, np.inf, True, False)

@@ -264,3 +264,19 @@ def test_a_card_that_is_short_of_memory(device, monkeypatch):
         actual = ExpFamilyDEQ(2, device=device, **options).fit(X).loadings_
     assert [one.category for one in said].count(RuntimeWarning) == 1
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_farthest_row_short_of_memory(monkeypatch, one_thread):
+    values = torch.from_numpy(sample("gaussian", n=500, p=6))
+    values[230] = 1000
+    monkeypatch.setattr(precondition, "_CHUNK_ENTRIES", 6 * 200)
+    monkeypatch.setattr(precondition, "_SHIFT_ROWS", 30)
+    short_of_memory(
+        monkeypatch, Observations, "dense_rows", 60, lambda rows, start, stop: stop - start
+    )
+    with pytest.warns(RuntimeWarning, match="200 rows at a time"), parallel_chunks():
+        found = precondition.fit_preconditioner(values, None)
+    assert found.farthest == 230
+    shift = values[:30].mean(0)
+    distance = (values - shift).square().sum(1)
+    assert found.its_share == pytest.approx(float(distance[230] / distance.sum()), rel=1e-9)

@@ -1,5 +1,7 @@
 """Exposures against offsets written out: small rows, gaps, minibatches and float32."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -112,3 +114,19 @@ def test_row_exposures_are_those_of_what_is_observed(make):
         assert filled[part][gaps].sum() == pytest.approx(whole[part][gaps].sum(), rel=0.1)
     plain = ExpFamilyDEQ(2, family="poisson", random_state=0).fit(make(X))
     np.testing.assert_array_equal(np.asarray(plain.row_exposures(make(X))), 1)
+
+
+def test_rows_of_which_only_rare_columns_are_seen():
+    rng = np.random.default_rng(0)
+    rate = np.r_[np.full(8, 500.0), 1.0, 1.0, 0.0, 0.0]
+    X = rng.poisson(rate, size=(80, 12)).astype(float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deq = model().fit(X)
+    rare, unseen = np.full((2, 1, 12), np.nan)
+    rare[0, [8, 9]], unseen[0, [10, 11]] = 6.0, (3.0, 1.0)
+    expected = 12 / X.mean(axis=0)[[8, 9]].sum()
+    assert deq.row_exposures(rare)[0] == pytest.approx(expected, rel=1e-9)
+    # Training says nothing of the size of such a row, but that it is finite.
+    assert np.isfinite(deq.row_exposures(unseen)).all()
+    assert np.isfinite(deq.transform(unseen)).all()

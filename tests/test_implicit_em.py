@@ -965,3 +965,20 @@ def test_a_step_beyond_the_finite_numbers_after_a_finite_loss_is_left_out():
     with pytest.warns(ConvergenceWarning, match="were left out"):
         stream.set_params(learning_rate=1e38).partial_fit(X)
     np.testing.assert_array_equal(stream.components_, before)
+
+
+def test_a_row_of_a_later_chunk_that_has_most_of_the_variance_is_named(monkeypatch):
+    monkeypatch.setattr("skdeq._precondition._CHUNK_ENTRIES", 5 * 50)
+    X = np.random.default_rng(0).normal(size=(300, 5))
+    X[123] = 10_000
+    with pytest.warns(UserWarning, match="Row 123 of 300"):
+        encoder(4, max_iter=1).fit(X)
+
+
+def test_a_column_that_varies_by_rounding_alone_is_constant():
+    X = digits(300)
+    beside = np.c_[X, np.where(np.arange(300) % 2, 0.1 + 0.2, 0.3)]
+    assert beside[:, -1].std() > 0
+    fitted = encoder().fit(beside)
+    # Where no row is off by more than 1e-16 a weight has next to no gradient.
+    assert np.abs(fitted.components_[:, -1]).max() < 1e-15
