@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from sklearn.exceptions import ConvergenceWarning
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
+from skdeq._stochastic import shorten
 from skdeq.families import (
     CanonicalMap,
     Family,
@@ -18,6 +19,7 @@ from skdeq.families import (
     NegativeBinomial,
     Poisson,
     Softplus,
+    get_family,
 )
 from skdeq.nn import EquilibriumLayer
 
@@ -271,3 +273,14 @@ def test_fine_tuning_on_amounts_in_any_unit(scale):
         frozen = DEQClassifier(backbone, fine_tune=False, **options).fit(X, label)
     assert tuned.loss_curve_[-1] < frozen.loss_curve_[-1]
     assert tuned.score(X, label) >= frozen.score(X, label) - 0.02
+
+
+def test_steps_of_what_all_columns_share_are_as_short_as_the_shortest():
+    intercept = torch.tensor([-0.5, -0.02, -7.0], dtype=torch.float64)
+    old, old_kernel = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    loadings, kernel = torch.ones_like(old), torch.ones_like(old_kernel)
+    shorten(get_family("gamma"), intercept, (loadings, old), shared=[(kernel, old_kernel)])
+    # The standard deviation of an exponential law is the inverse of its rate, at most one here.
+    expected = torch.tensor([0.5, 0.02, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(loadings, expected.unsqueeze(1).expand(3, 2))
+    torch.testing.assert_close(kernel, torch.full_like(kernel, 0.02))

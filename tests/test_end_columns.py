@@ -1,5 +1,6 @@
 """Columns at one end of the support: a finite intercept, the same whatever finds it."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -281,3 +282,37 @@ def test_sparse_batches_of_a_stream_stay_sparse(monkeypatch):
     stream.partial_fit(X[20:], sample_weight=weight[20:])
     np.testing.assert_allclose(stream.intercept_, dense.intercept_, rtol=1e-9)
     np.testing.assert_allclose(stream._ends["sizes"], dense._ends["sizes"], rtol=1e-12)
+
+
+def test_a_column_that_goes_to_the_other_end_has_left_its_own():
+    X = sample("bernoulli", n=120)
+    X[:, 4], X[:, 5] = 0, 1
+    stream = ExpFamilyDEQ(2, family="bernoulli", random_state=0).partial_fit(X)
+    X[:, 4] = 1
+    stream.partial_fit(X)
+    # As many of one as of the other, to one step of Adam.
+    assert stream.intercept_[4] == pytest.approx(0, abs=0.021)
+    assert stream.intercept_[5] == pytest.approx(np.log(240.5 / 0.5), rel=1e-6)
+
+
+def test_observations_are_counted_in_units_of_exposure():
+    rng = np.random.default_rng(0)
+    X = rng.poisson(np.where(np.arange(100) % 2, 1.0, 50.0)[:, None], size=(100, 12)).astype(float)
+    X[:, 4] = np.where(np.arange(100) % 2, 0, np.nan)
+    model = fit(X, "poisson", exposure="total")
+    seen = model.row_exposures(X)[1::2].sum()
+    assert seen < 5
+    assert model.intercept_[4] == pytest.approx(np.log(0.5 / (seen + 1)), rel=1e-9)
+
+
+def test_columns_that_begin_anew_leave_what_another_stream_knows():
+    X = data("poisson", "low")
+    stream = ExpFamilyDEQ(2, family="poisson", random_state=0).partial_fit(X).partial_fit(X)
+    twin = pickle.loads(pickle.dumps(stream))
+    first, X[:, 4] = X.copy(), 1
+    copy.copy(stream).partial_fit(X)
+    for _ in range(2):
+        stream.partial_fit(first)
+        twin.partial_fit(first)
+    np.testing.assert_array_equal(stream._adam[0]["exp_avg_sq"], twin._adam[0]["exp_avg_sq"])
+    np.testing.assert_array_equal(stream.loadings_, twin.loadings_)

@@ -13,7 +13,7 @@ import skdeq._fit as fit
 from skdeq import ExpFamilyDEQ
 from skdeq._latent_model import LatentModel
 from skdeq._observations import Observations
-from skdeq._scoring import Scoring
+from skdeq._scoring import Scoring, _balancing
 from skdeq._setting import Setting
 from skdeq.families import get_family
 
@@ -129,3 +129,23 @@ def test_a_step_out_of_the_domain_is_not_taken_for_rounding():
     loadings[0] = 2.0
     beyond = LatentModel(loadings, intercept, latents)
     assert 0 < Scoring(setting, 1, 0.0)._rounding(beyond, 5.0) < 1e-12
+
+
+def test_balancing_of_latents_in_few_directions_makes_both_penalties_equal():
+    generator = torch.Generator().manual_seed(0)
+    latents, loadings = (
+        torch.randn(50, k, generator=generator, dtype=torch.float64) for k in (2, 5)
+    )
+    latents = latents @ torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    # What rounding makes of zeros in float32.
+    moment = latents.T @ latents / 50 - 1e-7 * torch.eye(5, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(moment)[0] < 0
+    gram, ratio = loadings.T @ loadings, 0.1
+    forward, backward = _balancing(moment, gram, ratio)
+    identity = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(forward @ backward.T, identity, rtol=0, atol=1e-9)
+    of_latents, of_loadings = forward.T @ moment @ forward, backward.T @ gram @ backward
+    torch.testing.assert_close(of_latents, ratio * of_loadings, rtol=0, atol=1e-2)
+    sizes = of_loadings.diagonal()
+    torch.testing.assert_close(of_loadings, torch.diag(sizes), rtol=0, atol=1e-9)
+    assert (sizes.diff() < 0).all()

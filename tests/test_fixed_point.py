@@ -574,3 +574,13 @@ def test_picard_does_not_go_round_for_ever():
     np.testing.assert_allclose(
         result.value[result.converged], exact[result.converged], atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("family", "alpha"), [("bernoulli", 60.0), ("poisson", 1e-4)])
+def test_the_start_is_left_as_it_was(solver, family, alpha):
+    problem = make_problem(family, alpha=alpha, scale=3.0)
+    start = torch.randn(problem.n_rows, problem.r, dtype=torch.float64)
+    before = start.clone()
+    SOLVERS[solver](problem, start, tol=1e-9, max_iter=30)
+    assert torch.equal(start, before)

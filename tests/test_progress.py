@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder, _progress
+from skdeq._encoder_fit import EncoderTrainer
 from skdeq._head_training import HeadTrainer
 
 # Fits that are cut short on purpose say so.
@@ -452,3 +453,18 @@ def test_what_a_callback_is_given_has_no_data_of_its_own(monkeypatch):
     MAKE["classifier"]().set_callbacks(Recorder()).fit(X, y)
     assert shared
     assert all(map(all, shared))
+
+
+def test_callback_may_stop_a_fit_in_an_epoch_that_is_undone(monkeypatch):
+    pytest.importorskip("sklearn.callback")
+    X, _ = data("encoder")
+    epoch, epochs = EncoderTrainer.epoch, []
+
+    def counted(self, *args):
+        epochs.append(epoch(self, *args))
+        return epochs[-1]
+
+    monkeypatch.setattr(EncoderTrainer, "epoch", counted)
+    encoder = MAKE["encoder"](learning_rate=1e300, activation="identity", batch_size=40)
+    encoder.set_callbacks(Recorder(stop=0)).fit(X)
+    assert len(epochs) == 1 and not np.isfinite(epochs[0])
