@@ -12,7 +12,7 @@ from conftest import CUDA, sample
 
 import skdeq._precondition as precondition
 from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
-from skdeq._chunks import map_chunks, parallel_chunks, sum_chunks, working_entries
+from skdeq._chunks import map_chunks, one_ahead, parallel_chunks, sum_chunks, working_entries
 from skdeq._design import Design
 from skdeq._map_problem import MapProblem
 from skdeq._observations import Observations
@@ -280,3 +280,12 @@ def test_the_farthest_row_short_of_memory(monkeypatch, one_thread):
     shift = values[:30].mean(0)
     distance = (values - shift).square().sum(1)
     assert found.its_share == pytest.approx(float(distance[230] / distance.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_what_is_worked_on_ahead_is_all_there_in_order(threads, count, one_thread):
+    torch.set_num_threads(threads)
+    with parallel_chunks():
+        found = list(one_ahead(lambda a, b: (a, b), ((at, -at) for at in range(count))))
+    assert found == [(at, -at) for at in range(count)]

@@ -218,3 +218,11 @@ def test_says_what_is_wrong():
         entrywise_cross_val_score(model, X, cv=1)
     with pytest.raises(ValueError, match="sample_weight"):
         entrywise_cross_val_score(model, X, sample_weight=np.ones(3))
+
+
+def test_a_column_of_one_observation_may_not_be_held_out():
+    X = sample("poisson", n=40, p=5)
+    X[1:, 4] = np.nan
+    model = ExpFamilyDEQ(1, family="poisson")
+    with pytest.raises(ValueError, match="Split 1 of cv holds out all 1 observed .* column 4"):
+        entrywise_cross_val_score(model, X, cv=[([0], [1, 2]), ([0], [3, 4])])
