@@ -9,7 +9,7 @@ from conftest import sample
 from numpy.testing import assert_allclose
 
 from skdeq import ExpFamilyDEQ
-from skdeq._explained_deviance import _drawn_rows, _Line, explained_deviance
+from skdeq._explained_deviance import _drawn_rows, _Line, _quadrature, explained_deviance
 from skdeq._observations import Observations
 from skdeq._setting import Setting
 from skdeq.families import get_family
@@ -105,3 +105,11 @@ def test_what_the_rows_drawn_do_not_show_all_rows_do(monkeypatch):
     share, removed, largest = shares(10 * scores)
     assert largest > 0.1
     assert Line.seen == [(50, 8), (400, 8)]
+
+
+@pytest.mark.parametrize("largest", [1.0, 29.0, 100.0, 1e3, 1e5])
+def test_nodes_resolve_predictors_that_move_far(largest):
+    nodes, weights = _quadrature(largest)
+    # The mean of counts along a line on which the predictor falls by so much.
+    expected = -np.expm1(-largest) / largest
+    assert weights @ np.exp(-largest * nodes) == pytest.approx(expected, rel=2e-3)

@@ -14,6 +14,7 @@ from sklearn.model_selection import GridSearchCV
 
 from skdeq import ExpFamilyDEQ
 from skdeq._canonical import through
+from skdeq._interval import invert_increasing
 from skdeq.families import (
     CANONICAL_MAPS,
     FAMILIES,
@@ -794,3 +795,15 @@ def test_log_prob_of_infinite_parameters_is_a_limit(name):
     one = torch.tensor(1.0, dtype=torch.float64)
     assert float(family.log_prob(one, -one * math.inf)) < -1e100
     assert torch.isnan(family.log_prob(one, one * math.nan))
+
+
+@pytest.mark.parametrize("value", [-20.0, 0.5, 3.0])
+def test_functions_that_overflow_far_out_are_inverted(value):
+    # Of x^5 and 1 + x^4 only infinities are left there.
+    found = invert_increasing(
+        lambda x: x**5 / (1 + x**4),
+        lambda x: (x**8 + 5 * x**4) / (1 + x**4) ** 2,
+        torch.tensor([value], dtype=torch.float64),
+        Interval(-np.inf, np.inf, False, False),
+    ).item()
+    assert found**5 / (1 + found**4) == pytest.approx(value, rel=1e-12)

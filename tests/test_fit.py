@@ -13,7 +13,7 @@ import skdeq._fit as fit
 from skdeq import ExpFamilyDEQ
 from skdeq._latent_model import LatentModel
 from skdeq._observations import Observations
-from skdeq._scoring import Scoring, _balancing
+from skdeq._scoring import Scoring, _balancing, _share_inside
 from skdeq._setting import Setting
 from skdeq.families import get_family
 
@@ -149,3 +149,18 @@ def test_balancing_of_latents_in_few_directions_makes_both_penalties_equal():
     sizes = of_loadings.diagonal()
     torch.testing.assert_close(of_loadings, torch.diag(sizes), rtol=0, atol=1e-9)
     assert (sizes.diff() < 0).all()
+
+
+def test_latents_are_centred_as_far_as_intercepts_stay_within_their_limits():
+    generator = torch.Generator().manual_seed(0)
+    loadings = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    intercept = torch.zeros(6, dtype=torch.float64)
+    low, high = torch.full_like(intercept, -0.3), torch.full_like(intercept, 0.1)
+    model = LatentModel(loadings, intercept, torch.zeros(1, 2, dtype=torch.float64))
+    for shift in (torch.tensor([1.0, 2.0]).double(), torch.tensor([-3.0, 1.0]).double()):
+        share = _share_inside(model, shift, low, high)
+        moved = share * (loadings @ shift)
+        assert 0 < share < 1
+        # To where the first of them meets its limit.
+        assert float(torch.maximum(moved / high, moved / low).max()) == pytest.approx(1)
+    assert _share_inside(model, 1e-3 * shift, low, high) == 1

@@ -584,3 +584,16 @@ def test_the_start_is_left_as_it_was(solver, family, alpha):
     before = start.clone()
     SOLVERS[solver](problem, start, tol=1e-9, max_iter=30)
     assert torch.equal(start, before)
+
+
+def test_slices_of_compressed_rows_are_scipys():
+    X = sp.csr_array(sp.random(40, 7, density=0.3, random_state=np.random.default_rng(0)))
+    parts = (torch.from_numpy(part) for part in (X.indptr, X.indices, X.data))
+    part, expected = CompressedRows(*parts, X.shape).slice(10, 30), X[10:30]
+    np.testing.assert_array_equal(part.indptr, expected.indptr)
+    np.testing.assert_array_equal(part.slice(5, 9).to_dense(), expected[5:9].toarray())
+    index = torch.tensor([3, 0, 3, 19])
+    np.testing.assert_array_equal(part.take(index).to_dense(), expected[index.numpy()].toarray())
+    np.testing.assert_array_equal(part.T.to_dense(), expected.T.toarray())
+    right = torch.eye(7, dtype=torch.float64)
+    np.testing.assert_allclose(part.matrix @ right, expected.toarray())
