@@ -55,7 +55,7 @@ class Course:
         self._best = self._last = torch.inf
         self._quiet = 0
 
-    def goes_astray(self, loss: float, n_iter: int, *, is_last: bool) -> bool:
+    def record(self, loss: float, n_iter: int, *, is_last: bool) -> bool:
         """Take in the loss of an epoch, the ``n_iter``-th of those that were not undone.
 
         Returns
@@ -83,8 +83,8 @@ class Course:
         # They come to rest above where they came from, too.
         return astray or (self.at_rest and loss - self.started > rounding and not is_last)
 
-    def is_lowest(self, loss: float, n_iter: int) -> bool:
-        """Whether an epoch that is kept is the best; the next ones are compared with it then."""
+    def keep(self, loss: float, n_iter: int) -> bool:
+        """Keep an epoch; return whether it is the best, with which the next ones are compared."""
         lower = loss < self._lowest - _ROUNDING * max(abs(self._lowest), 1.0)
         if lower:
             self._lowest, self.n_kept = loss, n_iter

@@ -281,7 +281,7 @@ class EncoderTrainer:
             loss = self.epoch(sample_weight, order)
             trace.loss_curve.append(loss)
             trace.n_iter += 1
-            astray = course.goes_astray(loss, trace.n_iter, is_last=not left)
+            astray = course.record(loss, trace.n_iter, is_last=not left)
             if astray or self._is_lost(loss):
                 self._set_back(kept, trace, course.n_kept)
                 course.begin_again()
@@ -289,7 +289,7 @@ class EncoderTrainer:
                     break
                 continue
             stop = progress.end(loss, lambda: trace)
-            if course.is_lowest(loss, trace.n_iter):
+            if course.keep(loss, trace.n_iter):
                 kept.copy_(self.weights)
             if stop or course.at_rest:
                 break

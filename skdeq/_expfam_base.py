@@ -26,11 +26,7 @@ from skdeq._latents import solve_latents, typical_variance
 from skdeq._loadings import FreeLoadings, KernelLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
-from skdeq._rotation import (
-    latent_covariance,
-    orthonormal_scores,
-    pooled_covariance,
-)
+from skdeq._rotation import Moments, orthonormal_scores
 from skdeq._setting import Setting, null_model
 from skdeq._stochastic import (
     hold,
@@ -230,7 +226,7 @@ class LatentVariableEstimator(FittedLatents):
         self,
         setting: Setting,
         model: LatentModel,
-        moments: tuple[torch.Tensor, torch.Tensor, float],
+        moments: Moments,
     ) -> torch.Tensor:
         """Keep parameters, their principal scores and what shapes the solvers, as numpy.
 
@@ -242,7 +238,7 @@ class LatentVariableEstimator(FittedLatents):
         latents = top_latents(model.latents, model.upper)
         dtype = numpy_dtype(torch.empty(0, dtype=setting.narrow or latents.dtype, device="cpu"))
         components, to_scores = self._principal(
-            model, latents, moments[1], setting.sample_weight, dtype
+            model, latents, moments.covariance, setting.sample_weight, dtype
         )
         self.components_ = to_numpy(components, dtype)
         self.intercept_ = to_numpy(setting.outwards(model).intercept, dtype)
@@ -255,7 +251,7 @@ class LatentVariableEstimator(FittedLatents):
         curvature = curvature.clamp_max(float(np.finfo(dtype).max))
         self._curvature = to_numpy(curvature, dtype)
         self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
-        self._moments = (to_numpy(moments[0]), to_numpy(moments[1]), moments[2])
+        self._moments = (to_numpy(moments.mean), to_numpy(moments.covariance), moments.weight)
         return to_scores
 
     def _principal(
@@ -339,14 +335,16 @@ class LatentVariableEstimator(FittedLatents):
         self._ends = None
         self.__dict__.pop("explained_deviance_ratio_", None)
 
-    def _moments_of(self, setting: Setting, model: LatentModel, of_stream: bool) -> tuple:
+    def _moments_of(self, setting: Setting, model: LatentModel, of_stream: bool) -> Moments:
         """Mean, covariance and weight of the top latents; of a stream, with those before."""
-        moments = latent_covariance(top_latents(model.latents, model.upper), setting.sample_weight)
+        moments = Moments.of(top_latents(model.latents, model.upper), setting.sample_weight)
         if not of_stream:
             return moments
         mean, covariance, weight = self._moments
-        seen = to_tensor(mean).to(moments[0]), to_tensor(covariance).to(moments[0]), weight
-        return pooled_covariance(seen, moments)
+        seen = Moments(
+            to_tensor(mean).to(moments.mean), to_tensor(covariance).to(moments.mean), weight
+        )
+        return seen.pooled(moments)
 
     def _update(self, X, sample_weight) -> None:
         X, setting, _ = self._training(X, sample_weight, reset=False)

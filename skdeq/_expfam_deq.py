@@ -220,11 +220,11 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective, with all constants of the likelihood: before the step of each iteration of
-        "scoring", and after each epoch of "adam".
+        "scoring", and after each epoch of "adam". `partial_fit` adds that of each later batch.
     n_iter_ : int
-        Iterations run. Where the variance has no known bound (Poisson, negative binomial, gamma,
-        and through a canonical map) two starts are first compared by four iterations each, on
-        4,096 rows at most, which are not counted.
+        Iterations run, and one for each later batch of a stream. Where the variance has no known
+        bound (Poisson, negative binomial, gamma, and through a canonical map) two starts are first
+        compared by four iterations each, on 4,096 rows at most, which are not counted.
     converged_ : bool
         Whether `tol` was met within `max_iter` iterations. After the first batch of `partial_fit`
         it is that of its fit, from the second on false, as a stream has no end. Of single rows
@@ -402,7 +402,7 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
                 # Rows of zero weight took no part in the fit; and where the start makes a
                 # difference, what `transform` finds is what to return.
                 return self._output(self._codes(X), X)
-            result = self._checked(self._latents(setting, model.latents))
+            result = self._warned_of(self._latents(setting, model.latents))
             return self._output(narrowed(result, setting).value, X)
 
     def architecture(self) -> Architecture:
@@ -436,7 +436,8 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
     def to_module(self) -> EquilibriumLayer:
         """Return the fitted equilibrium layer as a torch module, to be trained further.
 
-        Called on rows of a tensor it returns what `transform` returns, with gradients.
+        Called on rows of a tensor it returns what `transform` returns, with gradients. It solves
+        them by "newton" if `fixed_point` says so and by "auto" otherwise.
 
         Returns
         -------
@@ -482,9 +483,10 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
     def partial_fit(
         self, X: MatrixLike, y: object = None, sample_weight: VectorLike | None = None
     ) -> Self:
-        """Update the model by one batch of a stream; memory does not grow with the stream.
+        """Update the model by one batch of a stream.
 
-        The first batch starts the model by a full fit of its own and needs at least as many
+        Memory does not grow with the stream, but for a number in `loss_curve_`. The first batch
+        starts the model by a full fit of its own and needs at least as many
         rows as there are components; each later one takes one step of Adam along the gradient
         at its MAP latents. All batches have one floating point type. A batch that is refused
         leaves the model as it was, and its number in the stream is in the message.

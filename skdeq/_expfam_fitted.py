@@ -178,7 +178,7 @@ class FittedLatents(LatentLayout):
         """Linear predictors (n, p) of all entries of rows by their latents and exposures."""
         result, setting, _ = self._solve(X)
         model = setting.outwards(self._model_for(setting))
-        bottom = split_layers(self._checked(result).value, model.upper)[0]
+        bottom = split_layers(self._warned_of(result).value, model.upper)[0]
         predictors = torch.addmm(model.intercept, bottom, model.loadings.T)
         if setting.row_offset is not None:
             predictors += setting.row_offset.unsqueeze(1)
@@ -198,9 +198,9 @@ class FittedLatents(LatentLayout):
     def _codes(self, X) -> torch.Tensor:
         """MAP latents of rows, in their own type; warn of those that are not solved."""
         result, setting, _ = self._solve(X)
-        return narrowed(self._checked(result), setting).value
+        return narrowed(self._warned_of(result), setting).value
 
-    def _checked(self, result: FixedPointResult) -> FixedPointResult:
+    def _warned_of(self, result: FixedPointResult) -> FixedPointResult:
         """Warn of rows that are not solved."""
         left = int((~result.converged).sum())
         if left:

@@ -93,7 +93,7 @@ class LatentTransformer(
         return self._family().exact.canonical(self._predictors(codes))
 
     def inverse_transform(self, Z: VectorLike) -> Output:
-        """Mean of the observations at unit exposure, a denoised X.
+        """Mean of the sufficient statistic at unit exposure: of T(x) = x a denoised X.
 
         Parameters
         ----------
@@ -146,7 +146,7 @@ class LatentTransformer(
         """
         with parallel_chunks():
             result, setting, rows = self._solve(X)
-            self._checked(result)
+            self._warned_of(result)
             marginal = laplace_log_likelihood(setting, self._model_for(setting), result.value)
             return returned(marginal + log_base_rows(rows, setting.family).to(marginal), X)
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._interval import Interval, invert_increasing
+from ._interval import REALS, Interval, invert_increasing
 
 __all__ = ["CanonicalMap", "Family"]
 
-_REALS = Interval(-math.inf, math.inf, False, False)
 
 # Stands for an infinite natural parameter: exp(-40) is below the rounding of float64.
 _AS_GOOD_AS_INFINITE = 40.0
@@ -175,10 +174,10 @@ class Family(_EqualByParameters, ABC):
     """
 
     name: str = "user-defined"
-    support: Interval = _REALS
+    support: Interval = REALS
     accepts: str = "real numbers"
     unbounded_at: tuple[float, ...] = ()
-    domain: Interval = _REALS
+    domain: Interval = REALS
     scales_with_exposure: bool = False
     is_location_family: bool = False
     variance_bound: float | None = None
@@ -364,7 +363,7 @@ class CanonicalMap(_EqualByParameters, ABC):
         Whether adding o to zeta multiplies the mean by exp(o); False by default.
     """
 
-    range: Interval = _REALS
+    range: Interval = REALS
     is_convex: bool = False
     scales_with_exposure: bool = False
     # For people: R and R' as text.
@@ -401,7 +400,7 @@ class CanonicalMap(_EqualByParameters, ABC):
 
     def inverse(self, eta: Tensor) -> Tensor:
         """Return a zeta with R(zeta) near `eta`, where a fit can start."""
-        return invert_increasing(self.value, self.derivative, eta, _REALS)
+        return invert_increasing(self.value, self.derivative, eta, REALS)
 
     def energy(
         self, family: "Family", zeta: Tensor, statistic: Tensor, *, observed: bool = False

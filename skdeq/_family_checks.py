@@ -1,16 +1,13 @@
 """Check of families and canonical maps of the user's own, before a fit trips over them."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ._family import CanonicalMap, Family
-from ._interval import Interval
+from ._interval import REALS, Interval
 
 __all__ = ["check_intervals", "check_parts"]
 
-_REALS = Interval(-math.inf, math.inf, False, False)
 # Linear predictors between this and its negative are tried.
 _FARTHEST = 4.0
 # Step of difference quotients, relative, and how well a derivative has to agree with them.
@@ -89,7 +86,7 @@ def _check_map(canonical_map: CanonicalMap, base: Family, eta: Tensor) -> None:
         )
 
     # Off the places where maps usually have kinks.
-    _check_derivative(canonical_map, "value", "derivative", zeta + 0.123, _REALS)
+    _check_derivative(canonical_map, "value", "derivative", zeta + 0.123, REALS)
 
 
 def _check_derivative(

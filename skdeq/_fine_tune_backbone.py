@@ -127,5 +127,5 @@ class WithBackbone(BaseEstimator):
         with parallel_chunks():
             result, setting = backbone._solve_moved(backbone._moved(X))
         if checked:
-            backbone._checked(result)
+            backbone._warned_of(result)
         return to_numpy(narrowed(result, setting).layers[-1])

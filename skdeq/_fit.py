@@ -12,7 +12,7 @@ from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents, typical_variance
 from skdeq._loadings import KernelLoadings
 from skdeq._progress import Progress
-from skdeq._rotation import fix_signs, latent_covariance
+from skdeq._rotation import Moments, fix_signs
 from skdeq._scoring import Scoring, balance, telling_gain
 from skdeq._setting import Setting, hidden_setting, null_model
 from skdeq._spectral import spectral_start
@@ -197,7 +197,7 @@ def _raised(model: LatentModel, setting: Setting) -> LatentModel:
     """
     if setting.hidden_map.range.low < 0:
         return model
-    covariance = latent_covariance(model.latents, setting.sample_weight)[1]
+    covariance = Moments.of(model.latents, setting.sample_weight).covariance
     step = covariance.diagonal().sqrt().to(model.latents)
     for _ in range(_MOST_CUTS):
         intercept = model.intercept - model.loadings @ step

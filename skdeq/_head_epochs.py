@@ -40,8 +40,8 @@ class _Best:
     quiet: int = 0
     parameters: list[Tensor] | None = None
 
-    def gives_way_to(self, merit: _Merit, tol: float) -> bool:
-        """Compare with an epoch, and put its merit in the place of this one's if it is better."""
+    def record(self, merit: _Merit, tol: float) -> bool:
+        """Take in the merit of an epoch; return whether it is the best so far."""
         gained = merit[0] > self.merit[0] + tol
         gained |= merit[0] >= self.merit[0] and merit[1] > self.merit[1] + tol
         self.quiet = 0 if gained else self.quiet + 1
@@ -99,7 +99,7 @@ def train_head(
             # The loss is that of the steps of the epoch, of which the last may be astray.
             least, safe = loss, before
         merit = (-loss, 0.0) if score is None else _scored(trainer, score, best.merit)
-        if best.gives_way_to(merit, options.tol) and score is not None:
+        if best.record(merit, options.tol) and score is not None:
             best.parameters = trainer.copied()
         stop = progress.end(
             loss,

@@ -286,7 +286,8 @@ class HeadTrainer:
         generator = torch.Generator("cpu")
         generator.set_state(self.generator.get_state())
         # The data are only read; and not every torch can copy a generator.
-        data = (self.rows, self._rows_at_hand, self._targets, self._sample_weight)
+        at_hand = vars(self).get("_rows_at_hand")
+        data = (self.rows, at_hand, self._targets, self._sample_weight)
         ended = copy.deepcopy(
             self, {**{id(one): one for one in data}, id(self.generator): generator}
         )

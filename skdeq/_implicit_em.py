@@ -119,7 +119,7 @@ class ImplicitEMEncoder(
 
     tol : float, default=1e-4
         Stop once five epochs in a row have not lowered the objective by this share of its
-        magnitude; 0 runs all epochs.
+        magnitude, or of one where that is less; 0 runs all epochs.
 
     revive_dead : bool, default=False
         Whether components that hardly vary in an epoch of `fit` get new random weights before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "invert_increasing"]
+__all__ = ["REALS", "Interval", "invert_increasing"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Interval:
         opening = "[" if self.low_inclusive else "("
         closing = "]" if self.high_inclusive else ")"
         return f"{opening}{self.low}, {self.high}{closing}"
+
+
+REALS = Interval(-math.inf, math.inf, False, False)
 
 
 def _from_real_line(t: Tensor, interval: Interval) -> Tensor:

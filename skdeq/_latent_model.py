@@ -1,6 +1,6 @@
 """Parameters of a model, with the latents that go with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ class LatentModel:
         def beyond(new: Tensor, old: Tensor) -> Tensor:
             return torch.add(new, new - old, alpha=amount)
 
-        return LatentModel(
-            beyond(self.loadings, previous.loadings),
-            beyond(self.intercept, previous.intercept),
-            beyond(self.latents, previous.latents),
+        return replace(
+            self,
+            loadings=beyond(self.loadings, previous.loadings),
+            intercept=beyond(self.intercept, previous.intercept),
+            latents=beyond(self.latents, previous.latents),
         )

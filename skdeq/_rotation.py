@@ -1,6 +1,7 @@
 """From latents to scores: an orthonormal basis in order of variance."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,10 +9,9 @@ from torch import Tensor
 from skdeq._latent_model import LatentModel
 
 __all__ = [
+    "Moments",
     "fix_signs",
-    "latent_covariance",
     "orthonormal_scores",
-    "pooled_covariance",
 ]
 
 
@@ -34,25 +34,40 @@ def _signs(components: Tensor) -> Tensor:
     return torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-def latent_covariance(
-    latents: Tensor, sample_weight: Tensor | None
-) -> tuple[Tensor, Tensor, float]:
-    """Weighted mean (k,) and covariance (k, k) of latents, float64, and their total weight."""
-    latents = latents.double()
-    weight = torch.ones_like(latents[:, 0]) if sample_weight is None else sample_weight.double()
-    total = weight.sum()
-    mean = (weight @ latents) / total
-    centred = latents - mean
-    return mean, (centred * weight.unsqueeze(1)).T @ centred / total, float(total)
+class Moments(NamedTuple):
+    """First and second moments of latents.
 
+    Attributes
+    ----------
+    mean : Tensor of shape (k,), float64
+    covariance : Tensor of shape (k, k), float64
+    weight : float
+        Sum of the sample weights.
+    """
 
-def pooled_covariance(one: tuple, two: tuple) -> tuple[Tensor, Tensor, float]:
-    """Mean, covariance and weight of two groups together."""
-    total = float(one[2] + two[2])
-    share = float(two[2]) / total
-    gap = two[0] - one[0]
-    covariance = (1 - share) * one[1] + share * two[1]
-    return one[0] + share * gap, covariance + share * (1 - share) * torch.outer(gap, gap), total
+    mean: Tensor
+    covariance: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, latents: Tensor, sample_weight: Tensor | None) -> "Moments":
+        """Weighted moments of some latents (n, k)."""
+        latents = latents.double()
+        weight = torch.ones_like(latents[:, 0])
+        weight = weight if sample_weight is None else sample_weight.double()
+        total = weight.sum()
+        mean = (weight @ latents) / total
+        centred = latents - mean
+        return cls(mean, (centred * weight.unsqueeze(1)).T @ centred / total, float(total))
+
+    def pooled(self, other: "Moments") -> "Moments":
+        """Moments of two groups together."""
+        total = float(self.weight + other.weight)
+        share = float(other.weight) / total
+        gap = other.mean - self.mean
+        covariance = (1 - share) * self.covariance + share * other.covariance
+        covariance = covariance + share * (1 - share) * torch.outer(gap, gap)
+        return Moments(self.mean + share * gap, covariance, total)
 
 
 def orthonormal_scores(

@@ -86,10 +86,11 @@ def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], Lat
 
     def apply(other: LatentModel) -> LatentModel:
         shift = mean.to(dtype)
-        return LatentModel(
-            other.loadings @ backward,
-            other.intercept + other.loadings @ shift,
-            (other.latents - shift) @ forward,
+        return replace(
+            other,
+            loadings=other.loadings @ backward,
+            intercept=other.intercept + other.loadings @ shift,
+            latents=(other.latents - shift) @ forward,
         )
 
     return apply
@@ -255,7 +256,7 @@ class Scoring:
             stop = self._tell(objective, path)
             if self.converged or stop or path.refused > _MOST_REFUSED:
                 break
-        return self._checked(path)
+        return self._accepted(path)
 
     def _next_point(self, path: "_Path", last: float) -> tuple[LatentModel, float]:
         """Point with the latents that its step leads to, and its objective.
@@ -313,7 +314,7 @@ class Scoring:
         terms = abs(objective) + 2 * float(sizes.mean())
         return torch.finfo(predictors.dtype).eps * terms
 
-    def _checked(self, path: "_Path") -> LatentModel:
+    def _accepted(self, path: "_Path") -> LatentModel:
         """Return the model after the last step, or the one before if that step went too far."""
         if not self.exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
@@ -326,7 +327,7 @@ class Scoring:
         """Tell of an iteration; return whether to stop."""
         return self.progress.end(
             objective,
-            lambda: self.finish(self._checked(path)),
+            lambda: self.finish(self._accepted(path)),
             residual=self._residual,
         )
 

@@ -1038,7 +1038,7 @@ def test_losses_that_epochs_are_judged_by_are_weighted(make, monkeypatch):
 @pytest.mark.parametrize("learning_rate", [0.4, 0.5, 10.0])
 def test_more_than_twice_the_loss_of_nothing_is_undone_to_before_the_step(learning_rate):
     X, label, _ = data("gaussian", n=200)
-    options = {"fine_tune": False, "batch_size": 200, "max_iter": 3}
+    options = {"fine_tune": False, "weight_decay": 1e-4, "batch_size": 200, "max_iter": 3}
     network = classifier("gaussian", learning_rate=learning_rate, **options).fit(X, label)
     start, astray, after = np.array(network.loss_curve_) / np.log(2)
     if learning_rate < 0.5:

@@ -12,7 +12,7 @@ from sklearn.utils import gen_batches
 from test_objectives import plain_loss
 
 from skdeq import DEQClassifier, DEQRegressor, ExpFamilyDEQ, ImplicitEMEncoder
-from skdeq._rotation import latent_covariance, pooled_covariance
+from skdeq._rotation import Moments
 from skdeq.families import get_family
 from skdeq.objectives import ObjectiveWeights
 
@@ -349,7 +349,8 @@ def test_pooled_covariance_is_that_of_all_rows():
     # Far apart, so that the gap of their means counts.
     groups = [torch.from_numpy(rng.normal(size=(n, 3)) + n) for n in (7, 20)]
     weights = [torch.from_numpy(rng.uniform(0.1, 3, size=len(z))) for z in groups]
-    mean, covariance, total = pooled_covariance(*map(latent_covariance, groups, weights))
+    one, other = map(Moments.of, groups, weights)
+    mean, covariance, total = one.pooled(other)
     rows, weight = np.concatenate(groups), np.concatenate(weights)
     np.testing.assert_allclose(mean, np.average(rows, axis=0, weights=weight))
     np.testing.assert_allclose(covariance, np.cov(rows.T, aweights=weight, ddof=0))
