@@ -26,6 +26,10 @@ from skdeq.fixed_point import SOLVERS, FixedPointResult
 __all__ = ["FittedLatents", "narrowed", "predictor_of", "top_latents"]
 
 
+# Linear predictors from which on kinks are too narrow for the digits of some rows.
+_TOO_LARGE_FOR_KINKS = 1e6
+
+
 class FittedLatents(LatentLayout):
     """Private methods of :class:`~skdeq.ExpFamilyDEQ` that solve rows at given parameters."""
 
@@ -209,9 +213,15 @@ class FittedLatents(LatentLayout):
             asked = SOLVERS.get(self.fixed_point)
             if asked is not None and not asked.forms_hessians:
                 advice.append("use fixed_point='newton'")
+            largest = self._largest_predictor(result.value[~result.converged])
+            # More iterations do not help.
             if worst <= self.fixed_point_tol:
-                # More iterations do not help.
                 advice = ["raise alpha, as their digits do not tell the latents apart"]
+            elif self._has_kinks and largest > _TOO_LARGE_FOR_KINKS:
+                advice = [
+                    "divide the data by a constant, as linear predictors of up to "
+                    f"{largest:.0e} leave too few digits to solve at the kinks of the map"
+                ]
             if result.value.dtype == torch.float32:
                 advice.append("pass float64 data or centre them")
             warn_of_convergence(
@@ -220,6 +230,19 @@ class FittedLatents(LatentLayout):
                 f"map_latents): {', or '.join(advice)}."
             )
         return result
+
+    @property
+    def _has_kinks(self) -> bool:
+        """Whether a map of the model has kinks."""
+        return bool(
+            self._family().widths or (len(self._sizes()) > 1 and self._hidden_map().widths)
+        )
+
+    def _largest_predictor(self, latents: torch.Tensor) -> float:
+        """Largest size of the linear predictors of latents (m, K) at unit exposure."""
+        model = self._model(latents.device, latents.dtype)
+        bottom = split_layers(latents, model.upper)[0]
+        return float(torch.addmm(model.intercept, bottom, model.loadings.T).abs().max())
 
     def _output(self, latents: torch.Tensor, X) -> np.ndarray | torch.Tensor:
         """Turn latents of the rows X into what `transform` returns."""

@@ -19,6 +19,8 @@ __all__ = [
 
 # Share of the rows at work beyond which solved ones are not worth taking out.
 CROWDED = 0.8
+# Fields of a result that have one entry or row for each row.
+_OF_ROWS = ("value", "residual", "converged", "n_iter")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class FixedPointResult:
         """Return the same result in another floating point type."""
         return replace(self, value=self.value.to(dtype), residual=self.residual.to(dtype))
 
+    def take(self, rows: Tensor) -> "FixedPointResult":
+        """Return the result of some rows, in the order given."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _OF_ROWS})
+
+    def put_(self, rows: Tensor, other: "FixedPointResult") -> None:
+        """Replace the result of some rows, in place."""
+        for name in _OF_ROWS:
+            getattr(self, name)[rows] = getattr(other, name)
+
     @property
     def layers(self) -> tuple[Tensor, ...]:
         """Unknowns of each layer, from the data to the top."""
@@ -73,6 +84,10 @@ class FixedPointProblem(Protocol):
     scale_is_bounded: bool
     """Whether the curvature that scales the residual has a bound, and so cannot go far astray
     between two evaluations."""
+
+    @property
+    def has_kinks(self) -> bool:
+        """Whether slopes change within so little that rounding of a point tells in them."""
 
     def objective(self, z: Tensor, rows: Tensor) -> Tensor:
         """Objective of each row, float64, shape (m,); infinite outside the domain."""
@@ -101,6 +116,12 @@ class FixedPointProblem(Protocol):
 
     def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,)."""
+
+    def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+        """Scaled residual (m,) at ``z - step``, where there are kinks.
+
+        The step moves the predictors, which are then known to more digits than of the point.
+        """
 
     def select(self, index: Tensor) -> "FixedPointProblem":
         """Return the problem of some rows, in the order given."""

@@ -111,12 +111,23 @@ def _slope(family: Family, zeta: Tensor) -> Tensor:
 
 
 def hidden_energies(
-    parts: list[Tensor], upper: tuple[HiddenLayer, ...], family: Family, observed: bool = False
+    parts: list[Tensor],
+    upper: tuple[HiddenLayer, ...],
+    family: Family,
+    observed: bool = False,
+    steps: list[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Predictor, loss, slope and curvature of the latents of each layer but the top."""
+    """Predictor, loss, slope and curvature of the latents of each layer but the top.
+
+    With ``steps`` they are those at ``part - step`` of each layer, see
+    :meth:`HierarchyProblem.residual_after`.
+    """
     energies = []
-    for layer, here, above in zip(upper, parts, parts[1:], strict=False):
+    for at, (layer, here, above) in enumerate(zip(upper, parts, parts[1:], strict=False)):
         zeta = layer.predictor(above)
+        if steps is not None:
+            here = here - steps[at]
+            zeta = torch.addmm(zeta, steps[at + 1], layer.loadings.T, alpha=-1)
         energies.append((zeta, *family.energy(zeta, here, observed=observed)))
     return energies
 
@@ -250,10 +261,32 @@ class HierarchyProblem:
             residual = certified_residual(residual, decrement, rounding)
         return gradient, residual
 
+    @property
+    def has_kinks(self) -> bool:
+        """Whether a map has kinks, rounded off or not."""
+        return self.bottom.has_kinks or bool(self.hidden_map.widths)
+
+    def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+        """Scaled residual of each row at ``z - step``, its predictors moved from those at z."""
+        steps, after = self._parts(step), self._parts(z - step)
+        energies = hidden_energies(self._parts(z), self.upper, self.family, steps=steps)
+        bottom, size = self.bottom.gradient_after(self._parts(z)[0], steps[0], rows)
+        gradient = self._gradient(bottom, after, energies)
+        return self._residual(gradient, after, energies, size)
+
     def rounding(self, objective: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """Error that rounding may have made in the objectives at ``z``."""
         bottom = self.bottom.rounding(objective, self._parts(z)[0], rows)
         return bottom + torch.finfo(z.dtype).eps * self.r
+
+    def extent(self, z: Tensor) -> Tensor:
+        """Return what the predictors of each row (m,) come to at ``z`` in the least layer."""
+        parts = self._parts(z)
+        hidden = [
+            layer.predictor(above).abs().amax(1)
+            for layer, above in zip(self.upper, parts[1:], strict=True)
+        ]
+        return torch.stack([self.bottom.extent(parts[0]), *hidden]).amin(0)
 
     def bare_gradient(self, z: Tensor, rows: Tensor) -> Tensor:
         """Gradient of each row and nothing else."""

@@ -141,7 +141,12 @@ class _Plan:
     def _in_stages(self, problem: Any, value: Tensor) -> FixedPointResult:
         """Solve rows through kinks that are rounded off over ever smaller widths."""
         rows = torch.arange(len(value), device=value.device)
-        n_iter, last = torch.zeros_like(rows), value
+        is_done = torch.zeros_like(rows, dtype=torch.bool)
+        residual = torch.full_like(value[:, 0], torch.inf)
+        final = FixedPointResult(
+            value.clone(), residual, torch.zeros_like(is_done), torch.zeros_like(rows)
+        )
+        last = value
         for at, width in enumerate(self.stages):
             problem.smooth(width)
             start = value
@@ -150,11 +155,20 @@ class _Plan:
                 # last width left it Newton's method would have to search for the narrower ramp.
                 wider, wide = self.stages[at - 2 : at]
                 guess = torch.lerp(value, last, (width - wide) / (wider - wide))
-                start = better_of(problem, guess, value, rows, problem.objective(value, rows))
+                every = torch.arange(len(rows), device=rows.device)
+                start = better_of(problem, guess, value, every, problem.objective(value, every))
             # On the ramp rounding of a predictor is that much of the slope.
             result = self._once(problem, start, torch.finfo(value.dtype).eps / width)
-            last, value, n_iter = value, result.value, n_iter + result.n_iter
-        return replace(result, n_iter=n_iter)
+            result = replace(result, n_iter=final.n_iter[rows] + result.n_iter)
+            # Beside a ramp steeper than the accuracy wants, digits may be too few for the rest.
+            stay = (~is_done | result.converged).nonzero().squeeze(1)
+            if len(stay) < len(rows):
+                problem, result = problem.select(stay), result.take(stay)
+                rows, value, is_done = rows[stay], value[stay], is_done[stay]
+            final.put_(rows, result)
+            last, value = value, result.value
+            is_done |= result.converged & (width <= self.tol * problem.extent(value))
+        return final
 
     def _finish(self, part: Any, result: FixedPointResult, batch_rows: int) -> None:
         """Solve by Newton's method the rows that are left, in place."""
@@ -165,9 +179,8 @@ class _Plan:
             rest = newton(
                 part.select(left), result.value[left], tol=self.tol, max_iter=self.max_iter
             )
-            for field in ("value", "residual", "converged"):
-                getattr(result, field)[left] = getattr(rest, field)
-            result.n_iter[left] += rest.n_iter
+            n_iter = result.n_iter[left] + rest.n_iter
+            result.put_(left, replace(rest, n_iter=n_iter))
 
 
 def solve_latents(

@@ -150,7 +150,7 @@ class MapProblem:
         part._size, part._size_at = part._size.clone(), None
         first = self._bounds[0]
         part._bounds = (first + start, first + stop)
-        for name in ("_missing", "_statistic"):
+        for name in ("_missing", "_statistic", "_total_statistic"):
             part.__dict__.pop(name, None)
         return part
 
@@ -164,6 +164,7 @@ class MapProblem:
         part.__dict__["_missing"] = None if missing is None else missing[index]
         if not self.family.is_canonical:
             part.__dict__["_statistic"] = self._statistic[index]
+            part.__dict__.pop("_total_statistic", None)
         return part
 
     def _part(self, index: slice | Tensor) -> "MapProblem":
@@ -205,6 +206,11 @@ class MapProblem:
         """T(x) of the rows, where it does not enter through products alone."""
         return self.observations.dense_rows(*self._bounds)
 
+    @cached_property
+    def _total_statistic(self) -> Tensor:
+        """Sum of the sizes of T(x) over the entries of each row."""
+        return self._statistic.abs().nan_to_num(0.0) @ self._design.collect[0]
+
     def _of(self, values: Tensor, rows: Tensor) -> Tensor:
         # Rows come in order and once each: as many as there are is all of them.
         return values if len(rows) == self.n_rows else values[rows]
@@ -227,8 +233,12 @@ class MapProblem:
         hessian: bool = False,
         curvature: bool = False,
         observed: bool = False,
+        step: Tensor | None = None,
     ) -> _Sums:
-        """Sum over the entries of each row what is asked for, tile by tile."""
+        """Sum over the entries of each row what is asked for, tile by tile.
+
+        With a ``step`` it is that at ``z - step``.
+        """
         expanded = self._predictors(z, rows)
         design = self._design
         missing = self._missing
@@ -253,6 +263,8 @@ class MapProblem:
                 else z.new_empty(len(z), stop - start)
             )
             torch.mm(expanded, design.expand[:, start:stop], out=eta)
+            if step is not None:
+                eta.addmm_(step, design.expand[: self.r, start:stop], alpha=-1)
             log_partition = None
             if canonical and objective and not weighted:
                 sums, mean, variance = self.family.summed_statistics_(
@@ -300,10 +312,17 @@ class MapProblem:
         """Error that rounding is expected to make in the objectives at ``z``, at most."""
         # Of the sums that make it up, which may cancel; their own rounding is of no account.
         sums = objective.abs() + self._linear(z, rows).abs() + self._ridge(z)
-        sizes = self._design.sizes
+        if self.has_kinks:
+            # What is zero on one side of a kink is not on the other.
+            sums = sums + self._of(self._total_statistic, rows)
         # An exponential turns the absolute error of a predictor into a relative one.
-        predictor = z.norm(dim=1) * sizes.longest + sizes.furthest
-        return torch.finfo(z.dtype).eps * ((8 + predictor) * sums + sizes.total_weight)
+        sums = (8 + self.extent(z)) * sums + self._design.sizes.total_weight
+        return torch.finfo(z.dtype).eps * sums
+
+    def extent(self, z: Tensor) -> Tensor:
+        """Return what the linear predictors of each row (m,) come to at most at ``z``."""
+        sizes = self._design.sizes
+        return z.norm(dim=1) * sizes.longest + sizes.furthest
 
     def _gradient(self, slope: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         # The slope comes transposed; what is made of the gradient is faster row by row.
@@ -366,6 +385,21 @@ class MapProblem:
             return None
         moved = (z - at[rows]).square_().sum(1).sqrt_()
         return self._size[rows] * moved.mul_(-constant * self._design.sizes.longest).exp_()
+
+    @property
+    def has_kinks(self) -> bool:
+        """Whether the canonical map has kinks, rounded off or not."""
+        return bool(self.family.widths)
+
+    def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+        """Scaled residual of each row at ``z - step``, its predictors moved from those at z."""
+        gradient, size = self.gradient_after(z, step, rows)
+        return self._residual(gradient, z - step, size)
+
+    def gradient_after(self, z: Tensor, step: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and curvature of :meth:`gradient_and_size` at ``z - step``, as it is there."""
+        sums = self._accumulate(z, rows, gradient=True, curvature=True, step=step)
+        return self._gradient(sums.slope, z - step, rows), sums.size
 
     def value_and_gradient(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient of each row."""

@@ -191,6 +191,16 @@ class _Look:
         self.rounding = problem.rounding(self.objective, z, rows)
         self.residual = certified_residual(self.scaled, self.decrement, self.rounding)
 
+    def residual_after(self, problem: FixedPointProblem, z: Tensor, rows: Tensor) -> Tensor:
+        """Certify the rows (m,) at the ends of their whole steps from ``z``.
+
+        A minimum on a kink is one with some slope between those of its two sides. On a ramp that
+        steep a point has too few digits to say which, and the gradient there is all rounding: it
+        neither vanishes nor has to. The step says what the slope comes to.
+        """
+        scaled = problem.residual_after(z, self.step, rows)
+        return certified_residual(scaled, self.decrement, self.rounding)
+
     def __getitem__(self, index: Tensor) -> "_Look":
         part = copy.copy(self)
         part.systems = self.systems[index]
@@ -293,6 +303,10 @@ def newton(
         stalled = near & (look.scaled <= tol) & (look.decrement >= _STALLED * last[rows])
         last[rows] = torch.where(length == 1, look.decrement, torch.inf)
         found = torch.where(stalled, look.scaled, look.residual)
+        if problem.has_kinks:
+            close = ~(found <= tol) & (length == 1) & (look.decrement <= tol)
+            left = close.nonzero().squeeze(1)
+            found[left] = look[left].residual_after(problem, value[rows[left]], rows[left])
         value[rows], residual[rows] = z, found
         unsolved = ~(found <= tol)
         n_iter[rows] += unsolved

@@ -6,7 +6,8 @@ import scipy.sparse as sp
 import torch
 from conftest import FAMILY_OBJECTS, log_joint, sample
 from scipy import stats
-from scipy.optimize import lsq_linear
+from scipy.optimize import lsq_linear, minimize
+from sklearn.exceptions import ConvergenceWarning
 
 from skdeq import ExpFamilyDEQ
 from skdeq._canonical import MappedFamily
@@ -67,6 +68,24 @@ def X_statistic(family, X):
     return get_family(family).sufficient(torch.from_numpy(X)).numpy()
 
 
+def least_gradient(deq, family, X, value, kink):
+    """Gradient of the log joint, with the masks on kinks that make it least."""
+    latents = torch.from_numpy(value).requires_grad_()
+    joint = log_joint(deq, torch.from_numpy(X), latents)
+    (gradient,) = torch.autograd.grad(joint.sum(), latents)
+    gradient = gradient.numpy().copy()
+    zeta = value @ deq.loadings_.T + deq.intercept_
+    gap = X_statistic(family, X) - get_family(family).mean(torch.zeros(1)).numpy()
+    for row in np.flatnonzero(kink.any(axis=1)):
+        # On a kink the gradient jumps; a minimum is where some mask between 0 and 1 makes it 0.
+        at = kink[row]
+        pulls = (deq.loadings_[at] * gap[row, at, None]).T
+        rest = gradient[row] - pulls @ (zeta[row, at] > 0)
+        solution = lsq_linear(pulls, -rest, bounds=(0, 1), tol=1e-14)
+        gradient[row] = pulls @ solution.x + rest
+    return gradient
+
+
 @pytest.mark.parametrize(
     ("family", "canonical_map"),
     [
@@ -83,28 +102,57 @@ def test_fixed_point_is_a_minimum_of_the_log_joint(family, canonical_map):
     deq = fitted(family, canonical_map, X)
     result = deq.map_latents(X)
     assert result.converged.all()
-    latents = torch.from_numpy(result.value).requires_grad_()
+    latents = torch.from_numpy(result.value)
     value = log_joint(deq, torch.from_numpy(X), latents)
-    (gradient,) = torch.autograd.grad(value.sum(), latents)
-    gradient = gradient.numpy().copy()
     zeta = result.value @ deq.loadings_.T + deq.intercept_
     kink = np.abs(zeta) < 1e-6 if canonical_map == "relu" else np.zeros_like(zeta, dtype=bool)
-    gap = X_statistic(family, X) - get_family(family).mean(torch.zeros(1)).numpy()
-    for row in np.flatnonzero(kink.any(axis=1)):
-        # On a kink the gradient jumps; a minimum is where some mask between 0 and 1 makes it 0.
-        at = kink[row]
-        pulls = (deq.loadings_[at] * gap[row, at, None]).T
-        rest = gradient[row] - pulls @ (zeta[row, at] > 0)
-        solution = lsq_linear(pulls, -rest, bounds=(0, 1), tol=1e-14)
-        gradient[row] = pulls @ solution.x + rest
-    assert np.abs(gradient).max() < 1e-6
+    assert np.abs(least_gradient(deq, family, X, result.value, kink)).max() < 1e-6
     rng = np.random.default_rng(0)
     # Another side of a kink, which may be lower, can be as near as it likes.
     for size in (1e-6, 1e-5) if canonical_map == "relu" else (1e-4, 1e-3):
         for _ in range(10):
             step = torch.from_numpy(rng.normal(size=latents.shape) * size)
-            moved = log_joint(deq, torch.from_numpy(X), latents.detach() + step)
-            assert bool((moved <= value.detach() + 1e-9 * value.detach().abs()).all())
+            moved = log_joint(deq, torch.from_numpy(X), latents + step)
+            assert bool((moved <= value + 1e-9 * value.abs()).all())
+
+
+@pytest.mark.parametrize(("scale", "seed"), [(30, 0), (1000, 4), (1e5, 2)])
+def test_rows_at_a_kink_are_solved(scale, seed):
+    rng = np.random.default_rng(seed)
+    loadings, intercept = rng.normal(size=(5, 2)) * scale**0.5, rng.normal(size=5) * scale
+    X = scale * rng.normal(size=(60, 5))
+    deq = ExpFamilyDEQ(2, canonical_map="relu", max_iter=1, random_state=0, tol=1.0).fit(X)
+    deq.loadings_, deq.intercept_ = loadings, intercept
+    result = deq.map_latents(X)
+    assert result.converged.all()
+    zeta = result.value @ loadings.T + intercept
+    kink = np.abs(zeta) < 1e-6 * scale
+    assert kink.any(axis=1).mean() > 0.3
+    gradient = np.abs(least_gradient(deq, "gaussian", X, result.value, kink)).max(axis=1)
+    stiffness = 1 + np.square(loadings).sum()
+    assert (gradient < 1e-6 * stiffness * (1 + np.abs(result.value).max(axis=1))).all()
+    for row in np.flatnonzero(kink.any(axis=1))[:5]:
+
+        def objective(z, row=row):
+            eta = np.maximum(loadings @ z + intercept, 0)
+            return 0.5 * eta @ eta - X[row] @ eta + 0.5 * z @ z
+
+        z = result.value[row]
+        simplex = z + 1e-3 * np.array([[0.0, 0.0], [1.0, 0.3], [-0.4, 1.0]])
+        options = {"initial_simplex": simplex, "xatol": 1e-12, "fatol": 0.0}
+        found = minimize(objective, z, method="Nelder-Mead", options=options)
+        assert found.fun >= objective(z) - 1e-9 * scale**2
+
+
+def test_data_too_large_for_kinks_are_to_be_divided():
+    rng = np.random.default_rng(11)
+    X = 1e9 * np.maximum(rng.normal(size=(60, 3)) @ rng.normal(size=(3, 12)), 0)
+    X += 3e8 * rng.normal(size=X.shape)
+    deq = ExpFamilyDEQ(3, canonical_map="relu", random_state=0, tol=0.1).fit(X)
+    with pytest.warns(ConvergenceWarning, match="divide the data by a constant"):
+        deq.transform(X)
+    deq.fit(X / 1e7)
+    assert deq.map_latents(X / 1e7).converged.all()
 
 
 @pytest.mark.parametrize(("family", "canonical_map"), [*PAIRS, *LOG_LINKS], ids=str)
