@@ -18,7 +18,7 @@ from skdeq._expfam_layout import (
 from skdeq._explained_deviance import NEXT_TO_NOTHING, explained_deviance
 from skdeq._family import Family
 from skdeq._family_checks import check_parts
-from skdeq._fit import Trace, fit_full_batch, fit_minibatches
+from skdeq._fit import fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import fit_start_map
@@ -33,6 +33,7 @@ from skdeq._stochastic import (
     restart,
     solve_and_step,
 )
+from skdeq._trace import MUCH_LOST, Trace
 from skdeq._validation import (
     check_columns,
     check_observations,
@@ -139,10 +140,10 @@ class LatentVariableEstimator(FittedLatents):
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
         store(self, (model, trace))
-        self._warn_of_fit(setting.family, stopped=progress.stopped)
+        self._warn_of_fit(setting.family, trace.lost, stopped=progress.stopped)
         return setting, model
 
-    def _warn_of_fit(self, family: Family, *, stopped: bool) -> None:
+    def _warn_of_fit(self, family: Family, lost: float, *, stopped: bool) -> None:
         """Warn, once, of a fit that is not what was asked for."""
         name = type(self).__name__
         penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
@@ -151,6 +152,13 @@ class LatentVariableEstimator(FittedLatents):
                 f"{name} did not converge: with weight_decay=0 these data have no finite optimum, "
                 "and the components are as long as the iterations made them. Any positive "
                 "weight_decay gives them one."
+            )
+        elif lost > MUCH_LOST and (self.converged_ or not self._to_scores.any()):
+            unit = "divide X by a constant, or " if family.base.has_constant_variance else ""
+            what = (
+                f"Rows have several solutions, and with those that transform finds {name} has "
+                f"lost {lost:.0%} of what the fit had gained (loss_curve_ ends with them): "
+                f"{unit}raise weight_decay, or take another canonical_map."
             )
         elif not self._to_scores.any():
             what = (

@@ -220,7 +220,9 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         after `partial_fit`, from the last batch.
     loss_curve_ : list of float
         Mean objective, with all constants of the likelihood: before the step of each iteration of
-        "scoring", and after each epoch of "adam". `partial_fit` adds that of each later batch.
+        "scoring", and after each epoch of "adam". Where rows may have several solutions the last
+        is at those that `transform` finds, with "adam" where that makes a hundredth of what was
+        gained, and may be above the one before. `partial_fit` adds that of each later batch.
     n_iter_ : int
         Iterations run, and one for each later batch of a stream. Where the variance has no known
         bound (Poisson, negative binomial, gamma, and through a canonical map) two starts are first

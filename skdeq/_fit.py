@@ -1,13 +1,14 @@
 """The two ways to fit all the data: full-batch scoring and epochs of minibatches."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skdeq._hierarchy import HiddenLayer
+from skdeq._from_zero import descend, objective_of
+from skdeq._hierarchy import HiddenLayer, has_one_solution
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents, typical_variance
 from skdeq._loadings import KernelLoadings
@@ -17,8 +18,9 @@ from skdeq._scoring import Scoring, balance, telling_gain
 from skdeq._setting import Setting, hidden_setting, null_model
 from skdeq._spectral import spectral_start
 from skdeq._stochastic import hold, mean_objective, solve_and_step
+from skdeq._trace import MOST_LOST, UNTOLD, Trace
 
-__all__ = ["FitOptions", "Trace", "fit_full_batch", "fit_minibatches"]
+__all__ = ["FitOptions", "fit_full_batch", "fit_minibatches"]
 
 _BATCH_SIZE = 256
 # Iterations after which two starts are compared, and rows, at most. All rows of MNIST as counts
@@ -57,17 +59,6 @@ class FitOptions:
     batch_size: int | None
     latent_solver: LatentSolver
     hidden_layer_sizes: tuple[int, ...] = ()
-
-
-@dataclass
-class Trace:
-    """What a fit leaves behind beside the model."""
-
-    null_intercept: Tensor
-    null_objective: float
-    loss_curve: list[float] = field(default_factory=list)
-    n_iter: int = 0
-    converged: bool = False
 
 
 def _start(
@@ -216,24 +207,38 @@ def fit_full_batch(
 ) -> tuple[LatentModel, Trace]:
     """Fit by alternating Fisher scoring, from a spectral start or from previous parameters."""
     model, trace = _start(setting, options, generator, previous)
+    solver, is_convex = options.latent_solver, setting.family.is_convex
 
     def finish(model: LatentModel) -> tuple[LatentModel, Trace]:
         trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
         trace.converged = scoring.converged
-        # The latents are those of the loadings before the last, or on the way to them.
-        solver = options.latent_solver
+        # The latents are those of the loadings before the last, or on the way to them. Of several
+        # solutions they are the one that new rows find.
         solved = solve_latents(
             setting,
             model,
             solver if scoring.exact else solver.to_within(_CLOSE),
             curvature=partial(typical_variance, setting, model, "rows"),
-            start=model.latents,
+            start=model.latents if is_convex else None,
         )
-        return fix_signs(replace(model, latents=solved.value)), trace
+        model = replace(model, latents=solved.value)
+        if not is_convex:
+            trace.end_at(objective_of(setting, model), scoring.loss_curve[-1])
+        return fix_signs(model), trace
 
     scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
     try:
-        return finish(scoring.run(model, trace.null_objective))
+        model = scoring.run(model, trace.null_objective)
+        fitted, reached = finish(model)[0], scoring.loss_curve[-1]
+        if not (scoring.converged and trace.lost > MOST_LOST):
+            return fitted, trace
+        objective = trace.from_zero
+        lower = finish(descend(scoring, solver, model, trace.null_objective))[0]
+        # Kinks that were rounded off on the way may undo the little that was gained.
+        if trace.from_zero < objective:
+            fitted, objective = lower, trace.from_zero
+        trace.end_at(objective, reached)
+        return fitted, trace
     finally:
         # Each would keep the other, and the data on a card, until the collector comes by.
         del scoring.finish
@@ -328,17 +333,24 @@ class _Epochs:
         # The latents that went with the others may be outside the domain of the family.
         self._last, self._latents = self.best[0], self.best[1].latents.clone()
 
-    def finished(self) -> LatentModel:
+    def finished(self, trace: Trace) -> LatentModel:
         """Return the best model with latents in full accuracy.
 
         Where a row has several solutions, they are the one that is found without knowing another.
         """
         setting, model = self.setting, self.best[1]
+        is_free = not (model.upper or isinstance(setting.loadings, KernelLoadings))
+        several = not has_one_solution(setting.family, model.upper)
+        if is_free and several:
+            # It moves the latents, and with them zero.
+            model = balance(setting, model)(model)
         solved = solve_latents(setting, model, self._options.latent_solver)
         model = replace(model, latents=solved.value)
-        if model.upper or isinstance(setting.loadings, KernelLoadings):
-            return model
-        return fix_signs(balance(setting, model)(model))
+        if several:
+            trace.end_at(objective_of(setting, model), self.best[0], UNTOLD)
+        elif is_free:
+            model = balance(setting, model)(model)
+        return fix_signs(model) if is_free else model
 
 
 def fit_minibatches(
@@ -354,7 +366,9 @@ def fit_minibatches(
     progress.unit, progress.row_tol = "epoch", epochs.loose.tol
 
     def finish() -> tuple[LatentModel, Trace]:
-        return epochs.finished(), trace
+        # A callback may ask before the end, and the losses go on.
+        ended = replace(trace)
+        return epochs.finished(ended), ended
 
     for _ in range(options.max_iter):
         progress.begin()

@@ -258,6 +258,13 @@ class Scoring:
                 break
         return self._accepted(path)
 
+    def count(self, objective: float, model: LatentModel) -> bool:
+        """Count an iteration that another has taken from here; return whether to stop."""
+        self.progress.begin()
+        self.loss_curve.append(objective)
+        self.n_iter += 1
+        return self.progress.end(objective, lambda: self.finish(model))
+
     def _next_point(self, path: "_Path", last: float) -> tuple[LatentModel, float]:
         """Point with the latents that its step leads to, and its objective.
 
@@ -297,7 +304,7 @@ class Scoring:
 
     def _moved(self, path: "_Path", point: LatentModel) -> LatentModel:
         """Take the columns' step, or less of it where it has been refused before."""
-        moved = self._columns(point)
+        moved = self.columns(point)
         if path.refused > 1:
             # The same step again would be refused again, for ever.
             moved = point.extrapolate(moved, -(0.5 ** (path.refused - 1)))
@@ -340,7 +347,8 @@ class Scoring:
         penalty = 0.5 * self.setting.weight_decay * float(model.loadings.double().square().sum())
         return latents, mean + penalty
 
-    def _columns(self, model: LatentModel) -> LatentModel:
+    def columns(self, model: LatentModel) -> LatentModel:
+        """Take one step of the loadings and the intercept at the latents of a model."""
         curvature, bound = self._curvature(model, "columns")
         problem = column_problem(self.setting, model.latents, curvature, bound)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)

@@ -105,6 +105,15 @@ class Setting:
             hidden = hidden.smoothed(hidden.widths[0])
         return replace(self, family=family, hidden_map=hidden)
 
+    def unrounded(self) -> "Setting":
+        """Return the same with the kinks of its maps as they are."""
+        family, hidden = self.family, self.hidden_map
+        if family.widths:
+            family = family.smoothed(0.0)
+        if hidden.widths:
+            hidden = hidden.smoothed(0.0)
+        return replace(self, family=family, hidden_map=hidden)
+
     def double(self) -> "Setting":
         """Return the same in float64."""
         weight, offset = self.sample_weight, self.row_offset
