@@ -14,7 +14,7 @@ feature. Both halves of the alternation are therefore one piece of code.
 import copy
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,10 @@ from skdeq._family import Family
 from skdeq._fixed_point_problem import certified_residual, scaled_residual, usable_hessian
 from skdeq._map_geometry import CurvatureMap
 from skdeq._observations import Observations
+from skdeq._tile_sums import Sums, Wanted, sum_over_entries
 
 __all__ = ["MapProblem", "over_chunks"]
 
-# Arrays of the size of a tile that the energy of an entry takes through a map.
-_ENERGY_ARRAYS = 8
 # A Newton step is taken unseen if no linear predictor moves by more than this (in units of the
 # self-concordance constant): the decrease is then at least 0.28 of the Newton decrement, since
 # (exp(t) - t - 1) / t^2 < 0.72 at t = 1 (Sun & Tran-Dinh 2019, Prop. 10).
@@ -38,19 +37,6 @@ _SAFE_MOVE = 1.0
 # rows unlike those of the fit, of all families with a bound, it was up to 1,000 times that; and
 # where the residual decides, as in most rows, it is far smaller anyway.
 _CAUTION = 1e3
-
-
-class _Sums(NamedTuple):
-    """Sums over the entries of each row; None is what was not asked for.
-
-    Through a canonical map the terms are those of the energy, which has T(x) in it.
-    """
-
-    # Of A, (m,), A' D, (r, m), A'' D D^T, (r (r + 1) / 2, m), and A'' |D|^2, (m,).
-    total: Tensor | Any
-    slope: Tensor | Any
-    bend: Tensor | Any
-    size: Tensor | Any
 
 
 class MapProblem:
@@ -215,7 +201,8 @@ class MapProblem:
         # Rows come in order and once each: as many as there are is all of them.
         return values if len(rows) == self.n_rows else values[rows]
 
-    def _predictors(self, z: Tensor, rows: Tensor) -> Tensor:
+    def _with_offsets(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Put what goes with offsets beside the unknowns."""
         extra = []
         if self._has_offset:
             extra.append(z.new_ones(len(z), 1))
@@ -224,76 +211,19 @@ class MapProblem:
         return torch.cat([z, *extra], dim=1) if extra else z
 
     def _accumulate(
-        self,
-        z: Tensor,
-        rows: Tensor,
-        *,
-        objective: bool = False,
-        gradient: bool = False,
-        hessian: bool = False,
-        curvature: bool = False,
-        observed: bool = False,
-        step: Tensor | None = None,
-    ) -> _Sums:
-        """Sum over the entries of each row what is asked for, tile by tile.
-
-        With a ``step`` it is that at ``z - step``.
-        """
-        expanded = self._predictors(z, rows)
-        design = self._design
+        self, z: Tensor, rows: Tensor, *, step: Tensor | None = None, **wanted: bool
+    ) -> Sums:
+        """Sum what is :class:`Wanted` at ``z``, or at ``z - step``."""
         missing = self._missing
-        if missing is not None:
-            missing = self._of(missing, rows)
-        weighted = design.weight is not None or missing is not None
-        canonical = self.family.is_canonical
-        statistic: Tensor | Any = None if canonical else self._of(self._statistic, rows)
-        width = design.tile_columns(len(z), 1 if canonical else _ENERGY_ARRAYS)
-        if hessian:
-            width = design.outer.tile_columns(width)
-        total: Tensor | Any = z.new_zeros(len(z), dtype=torch.float64) if objective else None
-        slope: Tensor | Any = z.new_zeros(self.r, len(z)) if gradient else None
-        bend: Tensor | Any = z.new_zeros(design.outer.pairs, len(z)) if hessian else None
-        size: Tensor | Any = z.new_zeros(len(z)) if curvature else None
-        buffer = z.new_empty(len(z), width)
-        for start in range(0, design.q, width):
-            stop = min(start + width, design.q)
-            eta = (
-                buffer[:, : stop - start]
-                if stop - start == buffer.shape[1]
-                else z.new_empty(len(z), stop - start)
-            )
-            torch.mm(expanded, design.expand[:, start:stop], out=eta)
-            if step is not None:
-                eta.addmm_(step, design.expand[: self.r, start:stop], alpha=-1)
-            log_partition = None
-            if canonical and objective and not weighted:
-                sums, mean, variance = self.family.summed_statistics_(
-                    eta, variance=hessian or curvature
-                )
-                total += sums
-            elif canonical:
-                log_partition, mean, variance = self.family.statistics_(
-                    eta, log_partition=objective, variance=hessian or curvature
-                )
-            else:
-                log_partition, mean, variance = self.family.energy(
-                    eta, statistic[:, start:stop], observed=observed
-                )
-            if missing is not None:
-                gaps = missing[:, start:stop]
-                for one in (log_partition, mean, variance):
-                    if one is not None:
-                        one.masked_fill_(gaps, 0)
-            collect = design.collect[:, start:stop]
-            if objective and log_partition is not None:
-                total += torch.mv(log_partition, collect[0])
-            if gradient:
-                slope.addmm_(collect[1:], mean.T)
-            if hessian:
-                bend.addmm_(design.outer.of(slice(start, stop)), variance.T)
-            if curvature:
-                size += torch.mv(variance, design.square[start:stop])
-        return _Sums(total, slope, bend, size)
+        return sum_over_entries(
+            self.family,
+            self._design,
+            self._with_offsets(z, rows),
+            Wanted(**wanted),
+            statistic=None if self.family.is_canonical else self._of(self._statistic, rows),
+            missing=None if missing is None else self._of(missing, rows),
+            step=step,
+        )
 
     def _penalised(self, total: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         wide = z.double()
@@ -411,7 +341,7 @@ class MapProblem:
 
     def variance(self, z: Tensor, rows: Tensor) -> Tensor:
         """A''(eta) times the weights of the entries of each row (m, q), zero in its gaps."""
-        eta = self._predictors(z, rows) @ self._design.expand
+        eta = self._with_offsets(z, rows) @ self._design.expand
         variance: Tensor | Any = self.family.statistics_(eta, variance=True)[2]
         if self._missing is not None:
             variance = variance.masked_fill(self._of(self._missing, rows), 0)
