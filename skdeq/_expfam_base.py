@@ -23,7 +23,7 @@ from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import fit_start_map
 from skdeq._latents import solve_latents, typical_variance
-from skdeq._loadings import FreeLoadings, KernelLoadings
+from skdeq._loadings import FreeLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
 from skdeq._rotation import Moments, orthonormal_scores
@@ -94,33 +94,11 @@ class LatentVariableEstimator(FittedLatents):
         sizes = self._sizes()
         given = X
         X, setting, profile = self._training(X, sample_weight, reset=True)
-        ends = end_columns(X, setting)
-        setting = ends.pinned(setting)
         n, p = X.shape
         kept = " with positive weight" if n < _num_samples(given) else ""
-        found = f"n_samples={n}{kept}, n_features={p}"
-        loadings = setting.loadings
-        if isinstance(loadings, KernelLoadings) and loadings.convolution.n_pixels != p:
-            raise ValueError(
-                f"image_shape={self.image_shape!r} has {loadings.convolution.n_pixels} pixels, "
-                f"but X has {p} features."
-            )
-        if self.solver == "scoring" and not self._is_scoring():
-            raise ValueError(
-                "solver='scoring' is for one layer of dense loadings; use 'adam' or 'auto' with "
-                f"hidden_layer_sizes={self.hidden_layer_sizes!r} and "
-                f"loadings={self.loadings!r}."
-            )
-        k = self.n_components
-        if sizes[0] > min(n, p) and len(sizes) > 1:
-            raise ValueError(
-                f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
-                f"min(n_samples, n_features)={min(n, p)} ({found})."
-            )
-        if k > min(n, p) and isinstance(loadings, FreeLoadings):
-            raise ValueError(
-                f"n_components={k} is more than min(n_samples, n_features)={min(n, p)} ({found})."
-            )
+        self._check_sizes(sizes, n, p, f"n_samples={n}{kept}, n_features={p}")
+        ends = end_columns(X, setting)
+        setting = ends.pinned(setting)
         generator = seeded_generator(self.random_state)
         previous = None
         if self.warm_start and self._layer_sizes() == (p, *sizes):

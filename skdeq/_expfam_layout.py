@@ -147,8 +147,6 @@ class LatentLayout(BaseEstimator):
     def _sizes(self) -> tuple[int, ...]:
         """Validate the numbers of latents of the layers, from the data to the top."""
         loadings = self._loadings()
-        if isinstance(loadings, KernelLoadings):
-            return (int(self.n_components) * loadings.convolution.n_places,)
         hidden = self.hidden_layer_sizes
         sizes = tuple(hidden)
         if not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
@@ -156,13 +154,28 @@ class LatentLayout(BaseEstimator):
                 "hidden_layer_sizes must be integers of at least 1, one for each layer between "
                 f"the data and the top; got {hidden!r}."
             )
-        sizes = (*(int(size) for size in sizes), int(self.n_components))
+        if self.solver == "scoring" and not self._is_scoring():
+            raise ValueError(
+                "solver='scoring' is for one layer of dense loadings; use 'adam' or 'auto' with "
+                f"hidden_layer_sizes={hidden!r} and loadings={self.loadings!r}."
+            )
+        top = loadings.n_latents(int(self.n_components))
+        sizes = (*(int(size) for size in sizes), top)
         if any(below < above for below, above in pairwise(sizes)):
             raise ValueError(
                 f"hidden_layer_sizes={hidden!r} with n_components={self.n_components}: sizes "
                 "must not grow from the data to the top."
             )
         return sizes
+
+    def _check_sizes(self, sizes: tuple[int, ...], n: int, p: int, found: str) -> None:
+        """Refuse more latents than n rows of p features can tell apart; ``found`` names both."""
+        if len(sizes) > 1 and sizes[0] > min(n, p):
+            raise ValueError(
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r}: the first is more than "
+                f"min(n_samples, n_features)={min(n, p)} ({found})."
+            )
+        self._loadings().check_data(int(self.n_components), n, p, found)
 
     def _hidden_map(self) -> CanonicalMap:
         return get_hidden_map(self.hidden_map)

@@ -339,7 +339,7 @@ class _Epochs:
         Where a row has several solutions, they are the one that is found without knowing another.
         """
         setting, model = self.setting, self.best[1]
-        is_free = not (model.upper or isinstance(setting.loadings, KernelLoadings))
+        is_free = setting.loadings.may_be_turned and not model.upper
         several = not has_one_solution(setting.family, model.upper)
         if is_free and several:
             # It moves the latents, and with them zero.

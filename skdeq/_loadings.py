@@ -47,12 +47,27 @@ class FreeLoadings:
     own : int
         Place, among the parameters, of those that each feature has to itself; those before serve
         all features, those after belong to the layers above.
+    may_be_turned : bool
+        Whether latents of one layer may be turned and stretched, and the loadings the other way.
     """
 
     own: ClassVar[int] = 0
+    may_be_turned: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "dense"
+
+    def n_latents(self, n_components: int) -> int:
+        """Say how many latents so many components have."""
+        return n_components
+
+    def check_data(self, n_components: int, n: int, p: int, found: str) -> None:
+        """Refuse more components than n rows of p features have; ``found`` names both."""
+        if n_components > min(n, p):
+            raise ValueError(
+                f"n_components={n_components} is more than min(n_samples, n_features)="
+                f"{min(n, p)} ({found})."
+            )
 
     def parameters(self, model: LatentModel) -> list[Tensor]:
         """Return what is free in a model, in memory of its own."""
@@ -92,14 +107,28 @@ class KernelLoadings:
     Attributes
     ----------
     own : int
+    may_be_turned : bool
         As in :class:`FreeLoadings`.
     """
 
     convolution: Convolution
     own: ClassVar[int] = 1
+    may_be_turned: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return str(self.convolution)
+
+    def n_latents(self, n_components: int) -> int:
+        """Say how many latents so many components have, one at each place of each map."""
+        return n_components * self.convolution.n_places
+
+    def check_data(self, n_components: int, n: int, p: int, found: str) -> None:
+        """Refuse rows that are no images of the shape; ``found`` is of no account."""
+        pixels = self.convolution.n_pixels
+        if pixels != p:
+            channels, *shape = self.convolution.image_shape
+            given = tuple(shape) if channels == 1 else (channels, *shape)
+            raise ValueError(f"image_shape={given!r} has {pixels} pixels, but X has {p} features.")
 
     def parameters(self, model: LatentModel) -> list[Tensor]:
         """Return what is free in a model, in memory of its own."""
