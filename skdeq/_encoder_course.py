@@ -56,7 +56,15 @@ class Course:
         self._quiet = 0
 
     def record(self, loss: float, n_iter: int, *, is_last: bool) -> bool:
-        """Take in the loss of an epoch, the ``n_iter``-th of those that were not undone.
+        """Take in the loss of an epoch.
+
+        Parameters
+        ----------
+        loss : float
+        n_iter : int
+            Epochs so far that were not undone, with this one.
+        is_last : bool
+            Whether there is no other to come.
 
         Returns
         -------

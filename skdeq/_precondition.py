@@ -89,10 +89,35 @@ def fit_preconditioner(
     n, p = values.shape
     size = max(1, _CHUNK_ENTRIES // p)
     # Sums of squares about a point among the data lose no digits to a distant origin.
-    dense_rows = Observations(values).dense_rows
-    head = dense_rows(0, min(n, _SHIFT_ROWS, size))
+    head = Observations(values).dense_rows(0, min(n, _SHIFT_ROWS, size))
     shift = head.double().mean(0)
+    sums, farthest, its_distance = _sums_about(shift, values, sample_weight, size)
+    total = float(n) if sample_weight is None else float(sample_weight.double().sum())
+    first, second = sums / total
+    variance = (second - first.square()).clamp_min(0)
+    # The point is off a constant column by the rounding of a mean, a few eps of its value, and
+    # nearly all of the square of that is subtracted again: what is left is less than the square
+    # of one eps. What varies by no more than that is the rounding of whoever made the data. Each
+    # column has a bound of its own, since a far one says nothing about the others.
+    limit = torch.finfo(torch.float64).eps * (shift + first).abs()
+    constant = variance.sqrt() <= limit
+    # Not the mean, whose rounding would be an input that never changes.
+    location = torch.where(constant, head[0].double(), shift + first).cpu()
+    too_small = not bool(variance.any()) and bool((head != head[:1]).any())
+    scale = _scale_of(variance[~constant], too_small=too_small)
+    share = its_distance / float(sums[1].sum().clamp_min(torch.finfo(torch.float64).tiny))
+    return Preconditioner(location, scale, ~constant.cpu(), farthest=farthest, its_share=share)
 
+
+def _sums_about(
+    shift: Tensor, values: Tensor | CompressedRows, sample_weight: Tensor | None, size: int
+) -> tuple[Tensor, int, float]:
+    """Add up rows and their squares (2, p) about a point, by chunks of so many rows.
+
+    Also the row that is farthest from there, and its squared distance.
+    """
+    n, _ = values.shape
+    dense_rows = Observations(values).dense_rows
     farthest = shift.new_zeros(2, -(-n // size))
 
     def work(start: int, stop: int) -> Tensor:
@@ -111,33 +136,24 @@ def fit_preconditioner(
         return torch.stack([first, second])
 
     sums = sum_chunks(work, n, size, shift.device)
-    total = float(n) if sample_weight is None else float(sample_weight.double().sum())
-    first, second = sums / total
-    variance = (second - first.square()).clamp_min(0)
-    # The point is off a constant column by the rounding of a mean, a few eps of its value, and
-    # nearly all of the square of that is subtracted again: what is left is less than the square
-    # of one eps. What varies by no more than that is the rounding of whoever made the data. Each
-    # column has a bound of its own, since a far one says nothing about the others.
-    limit = torch.finfo(torch.float64).eps * (shift + first).abs()
-    constant = variance.sqrt() <= limit
-    # Not the mean, whose rounding would be an input that never changes.
-    location = torch.where(constant, head[0].double(), shift + first).cpu()
-    spread = float(variance[~constant].sum())
-    scale = (spread / SQUARED_NORM) ** 0.5
-    if bool(constant.all()):
-        scale = 1.0
-    if not bool(variance.any()) and bool((head != head[:1]).any()):
-        scale = 0.0  # the squares are below the least number
-    if not _SCALES[0] < scale < _SCALES[1]:
+    at = int(farthest[0].argmax())
+    return sums, int(farthest[1, at]), float(farthest[0, at])
+
+
+def _scale_of(variance: Tensor, *, too_small: bool) -> float:
+    """Say what rows are divided by, from the variances of the features that vary.
+
+    ``too_small`` says that there are such, but that the squares are below the least number.
+    """
+    spread = float(variance.sum())
+    scale = (spread / SQUARED_NORM) ** 0.5 if len(variance) else 1.0
+    if too_small or not _SCALES[0] < scale < _SCALES[1]:
         distance = f"of {spread**0.5:.1e}" if math.isfinite(spread) else "beyond all numbers"
         raise ValueError(
             f"The rows of X have a root mean square distance {distance} from their mean, too far "
             "from one to compute with; rescale X."
         )
-    at = int(farthest[0].argmax())
-    share = float(farthest[0, at] / sums[1].sum().clamp_min(torch.finfo(torch.float64).tiny))
-    row = int(farthest[1, at])
-    return Preconditioner(location, scale, ~constant.cpu(), farthest=row, its_share=share)
+    return scale
 
 
 class RowBatches:

@@ -246,22 +246,35 @@ def column_problem(
 
 def null_model(setting: Setting) -> tuple[Tensor, float]:
     """Fit the intercept of the model without latents; also return its mean objective."""
-    observations, family = setting.observations, setting.family
+    start, total, counts = _intercept_of_means(setting)
+    if setting.row_offset is not None:
+        return _intercept_of_offsets(setting, start)
+    # The mean decides; a column at the edge stays half an observation inside.
+    family = setting.family
+    terms = counts * family.log_partition(start) - total * family.canonical(start)
+    objective = float(terms.sum()) - setting.log_base
+    return start.to(setting.observations.dtype), objective / setting.total_weight
+
+
+def _intercept_of_means(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """Make intercepts of the means of the columns; also their totals and weights, (p,), float64.
+
+    A column at the edge of the mean space (all zeros) has no finite optimum: its intercept is half
+    an observation inside.
+    """
+    observations, family, weight = setting.observations, setting.family, setting.sample_weight
     n, p = observations.shape
-    weight = setting.sample_weight
-    ones = torch.ones(n, dtype=observations.dtype, device=observations.device)
-    weight = ones if weight is None else weight
+    if weight is None:
+        weight = torch.ones(n, dtype=observations.dtype, device=observations.device)
     transposed = observations.T
-    total = transposed @ weight.unsqueeze(1)
+    total = (transposed @ weight.unsqueeze(1)).squeeze(1).double()
     counts = weight.double().sum().expand(p)
     if observations.missing is not None:
         gaps = transposed.missing_product(weight.unsqueeze(1).double()).squeeze(1)
         counts = (counts - gaps).clamp_min(torch.finfo(torch.float64).tiny)
-    mean = total.squeeze(1).double() / counts
-    grand = float(total.double().sum() / counts.sum())
+    mean = total / counts
+    grand = float(total.sum() / counts.sum())
     start = family.link(mean)
-    # A column at the edge of the mean space (all zeros) has no finite optimum: start it half an
-    # observation inside.
     half = 0.5 * weight.double().mean()
     pulled = (mean * counts + half * grand) / (counts + half)
     start = torch.where(torch.isfinite(start), start, family.link(pulled))
@@ -272,14 +285,15 @@ def null_model(setting: Setting) -> tuple[Tensor, float]:
     start = torch.nan_to_num(start, nan=inside, posinf=high, neginf=low)
     if setting.pins is not None:
         setting.pins.hold_(start)
-    if setting.row_offset is None:
-        # The mean decides; a column at the edge stays half an observation inside.
-        canonical = family.canonical(start)
-        terms = counts * family.log_partition(start) - total.squeeze(1).double() * canonical
-        objective = float(terms.sum()) - setting.log_base
-        return start.to(observations.dtype), objective / setting.total_weight
-    problem = column_problem(setting, ones.new_zeros(n, 0))
+    return start, total, counts
+
+
+def _intercept_of_offsets(setting: Setting, start: Tensor) -> tuple[Tensor, float]:
+    """Fit the intercepts of rows with offsets by Newton's method; also their mean objective."""
+    observations = setting.observations
+    n, p = observations.shape
     begin = start.to(observations.dtype).unsqueeze(1)
+    problem = column_problem(setting, begin.new_zeros(n, 0))
     fixed = torch.zeros_like(begin, dtype=torch.bool)
     if setting.pins is not None:
         fixed[setting.pins.columns] = True
