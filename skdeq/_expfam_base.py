@@ -22,7 +22,7 @@ from skdeq._fit import fit_full_batch, fit_minibatches
 from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import fit_start_map
-from skdeq._latents import solve_latents, typical_variance
+from skdeq._latents import feature_variances, solve_latents
 from skdeq._loadings import FreeLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
@@ -232,7 +232,7 @@ class LatentVariableEstimator(FittedLatents):
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
         self.hidden_intercepts_ = [to_numpy(one.intercept, dtype) for one in model.upper]
         self._to_scores = to_numpy(to_scores, dtype)
-        curvature = typical_variance(setting, model.bottom, "rows")
+        curvature = feature_variances(setting, model.bottom)
         # Of entries that are missing in all but a few rows it may be beyond float32.
         curvature = curvature.clamp_max(float(np.finfo(dtype).max))
         self._curvature = to_numpy(curvature, dtype)

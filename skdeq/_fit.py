@@ -10,7 +10,7 @@ from torch import Tensor
 from skdeq._from_zero import descend, objective_of
 from skdeq._hierarchy import HiddenLayer, has_one_solution
 from skdeq._latent_model import LatentModel
-from skdeq._latents import LatentSolver, solve_latents, typical_variance
+from skdeq._latents import LatentSolver, feature_variances, solve_latents
 from skdeq._loadings import KernelLoadings
 from skdeq._progress import Progress
 from skdeq._rotation import Moments, fix_signs
@@ -218,7 +218,7 @@ def fit_full_batch(
             setting,
             model,
             solver if scoring.exact else solver.to_within(_CLOSE),
-            curvature=partial(typical_variance, setting, model, "rows"),
+            curvature=partial(feature_variances, setting, model),
             start=model.latents if is_convex else None,
         )
         model = replace(model, latents=solved.value)

@@ -16,7 +16,7 @@ from skdeq._newton import confirm
 from skdeq._setting import Setting, latent_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, Solver, newton
 
-__all__ = ["LatentSolver", "solve_latents", "typical_variance"]
+__all__ = ["LatentSolver", "feature_variances", "row_variances", "solve_latents"]
 
 # Up to this rank a Hessian for every row costs less than the iterations it saves.
 _NEWTON_RANK = 16
@@ -252,43 +252,50 @@ def solve_latents(
     )
 
 
-def typical_variance(setting: Setting, model: LatentModel, side: str) -> Tensor:
-    """Average variance of each feature over rows, or of each row over features.
+def feature_variances(setting: Setting, model: LatentModel) -> Tensor:
+    """Average variance of each feature (p,) over at most 4,096 evenly spaced rows."""
+    every = -(-len(model.latents) // _VARIANCE_ROWS)
+    some = replace(model, latents=model.latents[::every])
+    offset = None if setting.row_offset is None else setting.row_offset[::every]
+    n, size, device = _chunks_of_variances(some)
+    total = sum_chunks(
+        lambda low, high: _variances(setting, some, offset, low, high).sum(0, dtype=torch.float64),
+        n,
+        size,
+        device,
+    )
+    return (total / n).to(model.latents.dtype)
 
-    Parameters
-    ----------
-    setting : Setting
-    model : LatentModel
-    side : {"rows", "columns"}
-        The half whose design it is for: "rows" gives a value for each feature, shape (p,).
 
-    Returns
-    -------
-    Tensor of shape (p,) or (n,)
-        From at most 4,096 evenly spaced rows, or 1,024 features.
-    """
-    latents, offset = model.latents, setting.row_offset
-    loadings, intercept = model.loadings, model.intercept
-    if side == "rows":
-        every = -(-len(latents) // _VARIANCE_ROWS)
-        latents = latents[::every]
-        offset = None if offset is None else offset[::every]
-    else:
-        every = -(-len(loadings) // _VARIANCE_COLUMNS)
-        loadings, intercept = loadings[::every].contiguous(), intercept[::every]
+def row_variances(setting: Setting, model: LatentModel) -> Tensor:
+    """Average variance of each row (n,) over at most 1,024 evenly spaced features."""
+    every = -(-len(model.loadings) // _VARIANCE_COLUMNS)
+    some = replace(
+        model, loadings=model.loadings[::every].contiguous(), intercept=model.intercept[::every]
+    )
+    offset = setting.row_offset
+    parts = map_chunks(
+        lambda low, high: _variances(setting, some, offset, low, high).mean(
+            1, dtype=torch.float64
+        ),
+        *_chunks_of_variances(some),
+    )
+    return torch.cat(parts).to(model.latents.dtype)
 
-    def work(low: int, high: int) -> Tensor:
-        eta = torch.addmm(intercept, latents[low:high], loadings.T)
-        if offset is not None:
-            eta += offset[low:high].unsqueeze(1)
-        variance = setting.family.statistics_(eta, variance=True)[2]
-        # Entries that are missing may lie outside the domain.
-        variance = torch.where(torch.isfinite(variance), variance, 0.0)
-        wide = torch.float64
-        return variance.sum(0, dtype=wide) if side == "rows" else variance.mean(1, dtype=wide)
 
-    size = max(1, min(_VARIANCE_CHUNK, _VARIANCE_CHUNK * _VARIANCE_COLUMNS // len(loadings)))
-    if side == "rows":
-        total = sum_chunks(work, len(latents), size, latents.device)
-        return (total / len(latents)).to(latents.dtype)
-    return torch.cat(map_chunks(work, len(latents), size, latents.device)).to(latents.dtype)
+def _chunks_of_variances(model: LatentModel) -> tuple[int, int, torch.device]:
+    """Return the number of rows, how many to look at together, and where they are."""
+    size = min(_VARIANCE_CHUNK, _VARIANCE_CHUNK * _VARIANCE_COLUMNS // len(model.loadings))
+    return len(model.latents), max(1, size), model.latents.device
+
+
+def _variances(
+    setting: Setting, model: LatentModel, offset: Tensor | None, low: int, high: int
+) -> Tensor:
+    """Variances of the entries of the rows ``low:high`` at the latents of a model."""
+    eta = torch.addmm(model.intercept, model.latents[low:high], model.loadings.T)
+    if offset is not None:
+        eta += offset[low:high].unsqueeze(1)
+    variance = setting.family.statistics_(eta, variance=True)[2]
+    # Entries that are missing may lie outside the domain.
+    return torch.where(torch.isfinite(variance), variance, 0.0)

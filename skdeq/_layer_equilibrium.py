@@ -22,7 +22,7 @@ from skdeq._hierarchy import (
 )
 from skdeq._inside import latents_inside, predictors_inside
 from skdeq._latent_model import LatentModel
-from skdeq._latents import LatentSolver, solve_latents, typical_variance
+from skdeq._latents import LatentSolver, feature_variances, solve_latents
 from skdeq._newton import LEAST_PIVOT, told_apart
 from skdeq._observations import Observations
 from skdeq._setting import Setting, latent_problem, row_problem
@@ -101,7 +101,7 @@ class Equilibrium:
         if start is not None and self.is_convex:
             # A closer guide than the bound of the variance that it stands for.
             model = replace(self._model, latents=start)
-            curvature = partial(typical_variance, self._setting, model, "rows")
+            curvature = partial(feature_variances, self._setting, model)
         with parallel_chunks():
             return solve_latents(
                 self._setting,

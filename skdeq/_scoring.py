@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skdeq._chunks import map_chunks
 from skdeq._latent_model import LatentModel
-from skdeq._latents import typical_variance
+from skdeq._latents import row_variances
 from skdeq._map_problem import MapProblem, over_chunks
 from skdeq._newton import backtrack, newton_step
 from skdeq._progress import Progress
@@ -200,7 +200,7 @@ class Scoring:
         Without loadings the variances of all features have the same shape over the rows, so
         that the step with a shared curvature is the Newton step.
         """
-        curvature = typical_variance(self.setting, model, "columns")
+        curvature = row_variances(self.setting, model)
         problem = column_problem(self.setting, model.latents, curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
 
@@ -339,9 +339,11 @@ class Scoring:
         )
 
     def _rows(self, model: LatentModel) -> tuple[Tensor, float]:
-        curvature, bound = self._curvature(model, "rows")
-        problem = row_problem(self.setting, model, curvature, bound)
-        latents, objective = self._half(problem, model.latents, "rows")
+        problem = row_problem(self.setting, model, *self._curvature(model.intercept))
+        if self.exact:
+            latents, objective, self._residual = _newton_steps(problem, model.latents)
+        else:
+            latents, objective = over_chunks(_majorised_step, problem, model.latents)
         mean = self.setting.weighted_sum(objective) - self.setting.log_base
         mean /= self.setting.total_weight
         penalty = 0.5 * self.setting.weight_decay * float(model.loadings.double().square().sum())
@@ -349,10 +351,13 @@ class Scoring:
 
     def columns(self, model: LatentModel) -> LatentModel:
         """Take one step of the loadings and the intercept at the latents of a model."""
-        curvature, bound = self._curvature(model, "columns")
-        problem = column_problem(self.setting, model.latents, curvature, bound)
+        curvature = self._curvature(model.latents[:, 0])
+        problem = column_problem(self.setting, model.latents, *curvature)
         start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
-        solution, _ = self._half(problem, start, "columns")
+        if self.exact:
+            solution, *_ = _newton_steps(problem, start)
+        else:
+            (solution,) = over_chunks(_majorised_move, problem, start)
         return self._model(problem, start, solution, model.latents)
 
     def _model(
@@ -396,42 +401,31 @@ class Scoring:
 
         return torch.cat(map_chunks(work, len(start), problem.chunk_rows(), start.device))
 
-    def _curvature(self, model: LatentModel, side: str) -> tuple[Tensor | None, bool]:
-        """Variances along the design of one half, and whether all rows share them as they are."""
+    def _curvature(self, like: Tensor) -> tuple[Tensor | None, bool]:
+        """Variances along a design, of so many entries, and whether all rows share them."""
         bound = self.setting.family.variance_bound
         if self.exact or bound is None:
             return None, False
-        like = model.intercept if side == "rows" else model.latents[:, 0]
         return torch.full_like(like, self._share * bound), True
 
-    def _half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
-        half = self._newton_half if self.exact else self._majorised_half
-        return half(problem, start, side)
 
-    def _newton_half(self, problem: MapProblem, start: Tensor, side: str) -> tuple[Tensor, Tensor]:
-        """One Newton step in every row; also the objectives at the start."""
-        tol = 8 * torch.finfo(start.dtype).eps
+def _newton_steps(problem: MapProblem, start: Tensor) -> tuple[Tensor, ...]:
+    """One Newton step in every row; also the objectives at the start, and the residuals."""
+    tol = 8 * torch.finfo(start.dtype).eps
+    return over_chunks(
+        lambda part, point, rows: newton_step(part, point, rows, tol), problem, start
+    )
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-            return newton_step(part, point, rows, tol)
 
-        solution, objective, residual = over_chunks(step, problem, start)
-        if side == "rows":
-            self._residual = residual
-        return solution, objective
+def _majorised_step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One step with one curvature for all rows, and the objectives before it.
 
-    def _majorised_half(
-        self, problem: MapProblem, start: Tensor, side: str
-    ) -> tuple[Tensor, Tensor]:
-        """One step with one curvature for all rows; with all of its bound, none can fail."""
+    With all of the bound of the curvature none can fail.
+    """
+    objective, gradient = part.value_and_gradient(point, rows)
+    return point + part.shaped_step(gradient, rows), objective
 
-        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-            if side == "columns":
-                # The objective is known from the other half, and the logarithms are dear.
-                objective, gradient = point[:, 0].double(), part.bare_gradient(point, rows)
-            else:
-                objective, gradient = part.value_and_gradient(point, rows)
-            return point + part.shaped_step(gradient, rows), objective
 
-        solution, objective = over_chunks(step, problem, start)
-        return solution, objective
+def _majorised_move(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor]:
+    """Step as above without the objectives, whose logarithms are dear."""
+    return (point + part.shaped_step(part.bare_gradient(point, rows), rows),)
