@@ -171,15 +171,73 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(1, keepdim=True)
 
 
+class _Memory:
+    """Differences of the past steps of every row, orthonormal, and what goes with each.
+
+    The least-squares problem of an iteration of Anderson acceleration is then a few dot products
+    instead of a linear system per row.
+
+    Parameters
+    ----------
+    most : int
+        Differences at most.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._directions: list[Tensor] = []
+        # What undoing one of them does to the next point, and how much of it the last step has.
+        self._responses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        for kept in (self._directions, self._responses, self._weights):
+            kept[:] = [one[rows] for one in kept]
+
+    def forget(self, rows: Tensor) -> None:
+        """Forget what rows (m, 1), bool, remember."""
+        for one in (*self._directions, *self._responses, *self._weights):
+            one.masked_fill_(rows, 0)
+
+    def learn(self, step: Tensor, change: Tensor, response: Tensor) -> None:
+        """Take in the last step, how it changed, and what the next point has of the change.
+
+        Both differences are written over.
+        """
+        if len(self._directions) == self._most:
+            for kept in (self._directions, self._responses, self._weights):
+                del kept[0]
+        before = _dot(change, change)
+        for direction, undone, weight in zip(
+            self._directions, self._responses, self._weights, strict=True
+        ):
+            known = _dot(direction, change)
+            change.addcmul_(direction, known, value=-1)
+            response.addcmul_(undone, known, value=-1)
+            weight.add_(known)
+        size = _dot(change, change)
+        # Nothing new: the slot stays empty.
+        useful = size > 1e-8 * before
+        smallest = torch.finfo(size.dtype).tiny
+        scale = torch.where(useful, size.clamp_min(smallest).rsqrt(), torch.zeros_like(size))
+        self._directions.append(change.mul_(scale))
+        self._responses.append(response.mul_(scale))
+        self._weights.append(_dot(change, step))
+
+    def correct_(self, z: Tensor) -> None:
+        """Undo, in the next point, what of the last step is known to be undone."""
+        for undone, weight in zip(self._responses, self._weights, strict=True):
+            z.addcmul_(undone, weight, value=-1)
+
+
 def anderson(
     problem: FixedPointProblem, start: Tensor, *, tol: float, max_iter: int
 ) -> FixedPointResult:
     """Solve by Anderson acceleration of the map, with a memory of its own in every row.
 
-    The differences of past steps are kept orthonormal, each with the change of the point that
-    goes with it: the least-squares problem of an iteration is then a few dot products instead
-    of a linear system per row. A row whose gradient doubles forgets its memory and restarts from
-    its best point with half the step.
+    A row whose gradient doubles forgets its memory and restarts from its best point with half the
+    step.
 
     Parameters
     ----------
@@ -195,22 +253,15 @@ def anderson(
     FixedPointResult
     """
     state = _Descent(problem, start, effective_tolerance(tol, start.dtype), max_iter)
-    r = start.shape[1]
-    # Orthonormal differences of steps, what undoing one of them does to the next point, and how
-    # much of it the latest step has.
-    directions: list[Tensor] = []
-    responses: list[Tensor] = []
-    weights: list[Tensor] = []
+    memory = _Memory(min(_MEMORY, start.shape[1]))
     last_z = last_step = start
-    smallest = torch.finfo(start.dtype).tiny
     for iteration in range(max_iter + 1):
         looked = state.evaluate(iteration)
         stay = state.retire() if looked else None
         if not len(state.rows) or iteration == max_iter:
             break
         if stay is not None:
-            for kept in (directions, responses, weights):
-                kept[:] = [one[stay] for one in kept]
+            memory.keep(stay)
             last_z, last_step = last_z[stay], last_step[stay]
         z = state.z
         step = state.damping * state.problem.shaped_step(state.gradient, state.rows)
@@ -219,29 +270,11 @@ def anderson(
             if looked and state.any_failed:
                 # What these rows remember belongs to another place.
                 failed = state.failed.unsqueeze(1)
-                for one in (*directions, *responses, *weights):
-                    one.masked_fill_(failed, 0)
+                memory.forget(failed)
                 last_z = torch.where(failed, z, last_z)
                 last_step = torch.where(failed, step, last_step)
-            if len(directions) == min(_MEMORY, r):
-                for kept in (directions, responses, weights):
-                    del kept[0]
             change = step - last_step
-            response = torch.sub(z, last_z).add_(change)
-            before = _dot(change, change)
-            for direction, undone, weight in zip(directions, responses, weights, strict=True):
-                known = _dot(direction, change)
-                change.addcmul_(direction, known, value=-1)
-                response.addcmul_(undone, known, value=-1)
-                weight.add_(known)
-            size = _dot(change, change)
-            # Nothing new: the slot stays empty.
-            useful = size > 1e-8 * before
-            scale = torch.where(useful, size.clamp_min(smallest).rsqrt(), torch.zeros_like(size))
-            directions.append(change.mul_(scale))
-            responses.append(response.mul_(scale))
-            weights.append(_dot(change, step))
-            for undone, weight in zip(responses, weights, strict=True):
-                state.z.addcmul_(undone, weight, value=-1)
+            memory.learn(step, change, torch.sub(z, last_z).add_(change))
+            memory.correct_(state.z)
         last_z, last_step = z, step
     return state.finish()
