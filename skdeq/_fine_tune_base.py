@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from typing import Self
@@ -240,29 +240,18 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         self, X, targets, sample_weight, progress: Progress, *, going_on: bool, stream: bool
     ) -> None:
         random_state = check_random_state(self.random_state)
-        seeds = random_state.randint(np.iinfo(np.int32).max, size=3)
-        device = resolve_device(self.device, X)
-        if not going_on:
-            self.backbone_ = self._pretrained(X, sample_weight, progress, int(seeds[0]))
-            latents = self._latents(X)
-            head = Head.start(
-                latents,
-                sample_weight,
-                tuple(self.head_layer_sizes),
-                self._n_outputs(),
-                torch.Generator("cpu").manual_seed(int(seeds[1])),
-            )
-            head.silence(self._settled(targets))
+        seeds = [int(one) for one in random_state.randint(np.iinfo(np.int32).max, size=3)]
+        if going_on:
+            head, latents = self._head(), self._latents(X)
         else:
-            latents = self._latents(X)
-            head = self._head()
+            head, latents = self._begin(X, targets, sample_weight, progress, seeds)
         train, held_out = np.arange(X.shape[0]), None
         if self.early_stopping and not stream:
-            train, held_out = self._split(targets, int(seeds[2]))
-        rows = TrainingRows(X, targets, sample_weight, latents, device)
+            train, held_out = self._split(targets, seeds[2])
+        rows = TrainingRows(X, targets, sample_weight, latents, resolve_device(self.device, X))
         # In a stream every batch leaves out others.
         past = len(self.loss_curve_) if going_on and stream else 0
-        generator = torch.Generator("cpu").manual_seed(int(seeds[2]) + past)
+        generator = torch.Generator("cpu").manual_seed(seeds[2] + past)
         layer = self.backbone_.to_module()
         options = self._head_options(None if stream else len(train))
         trainer = HeadTrainer(layer, head, options, rows, self._loss(), generator)
@@ -271,16 +260,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
             trainer.pass_once(train)
             converged = True
         else:
-            score = None
-            if held_out is not None:
-
-                def score() -> tuple[float, float]:
-                    outputs = trainer.outputs(held_out)
-                    weight = None if sample_weight is None else sample_weight[held_out]
-                    metric = self._metric(targets[held_out], outputs, weight)
-                    return metric, -trainer.mean_loss(outputs, held_out)
-
             progress.store = FineTuned._store
+            score = None if held_out is None else self._score_on(trainer, held_out)
             converged = train_head(trainer, train, progress, score, going_on) or progress.stopped
         # A backbone that was fitted before has seen more than this batch.
         pooled = stream and (going_on or self._is_pretrained())
@@ -288,6 +269,36 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         self._warn_of_training(
             trainer, converged, "loss" if held_out is None else "validation score"
         )
+
+    def _begin(
+        self, X, targets, sample_weight, progress: Progress, seeds: list[int]
+    ) -> tuple[Head, np.ndarray]:
+        """Fit the backbone, if need be, and draw a head for its latents; both of them."""
+        self.backbone_ = self._pretrained(X, sample_weight, progress, seeds[0])
+        latents = self._latents(X)
+        head = Head.start(
+            latents,
+            sample_weight,
+            tuple(self.head_layer_sizes),
+            self._n_outputs(),
+            torch.Generator("cpu").manual_seed(seeds[1]),
+        )
+        head.silence(self._settled(targets))
+        return head, latents
+
+    def _score_on(
+        self, trainer: HeadTrainer, held_out: np.ndarray
+    ) -> Callable[[], tuple[float, float]]:
+        """Score of rows, and their mean loss with its sign changed, at what is trained so far."""
+        targets, weight = trainer.rows.targets[held_out], trainer.rows.sample_weight
+        weight = None if weight is None else weight[held_out]
+
+        def score() -> tuple[float, float]:
+            outputs = trainer.outputs(held_out)
+            merit = self._metric(targets, outputs, weight)
+            return merit, -trainer.mean_loss(outputs, held_out)
+
+        return score
 
     def _warn_of_training(self, trainer: HeadTrainer, converged: bool, watched: str) -> None:
         lower = f"learning_rate={self.learning_rate:g}"
