@@ -370,6 +370,12 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         ValueError
             For observations outside the support of the family, naming row and column, for a
             column without any observation, and for more components than rows or columns.
+
+        Warns
+        -----
+        ConvergenceWarning
+            Once, of a fit that is not what was asked for: that did not converge, or is left
+            without components by the penalties. The message says what to change.
         """
         with self._fitting(X, y, sample_weight) as progress, parallel_chunks():
             self._fit(X, sample_weight, progress)

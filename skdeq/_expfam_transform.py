@@ -43,6 +43,18 @@ class LatentTransformer(
         ndarray of shape (n_samples, n_components)
             Scores in the orthonormal basis `components_`, or latents if ``whiten=True``.
             A tensor on the device of X where X is a tensor and ``array_api_dispatch=True``.
+
+        Raises
+        ------
+        ValueError
+            For observations outside the support of the family, naming row and column, and for
+            parameters of the law (`family`, `canonical_map`, `hidden_map`, `exposure`, `alpha`)
+            that have been changed since `fit`.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If rows are not solved to `fixed_point_tol`; `map_latents` says which.
         """
         with parallel_chunks():
             return self._output(self._codes(X), X)
