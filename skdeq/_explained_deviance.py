@@ -221,9 +221,11 @@ class _Line:
             with torch.enable_grad():
                 values = (float(node) * scores).requires_grad_()
                 predictor = self._along(rows, float(node), values)
-            slope = family.slope_(predictor.detach().clone(), statistic)
-            slope = torch.where(observed, slope, 0.0)
-            (pulled,) = torch.autograd.grad(predictor, values, slope)
+                slope = family.slope_(predictor.detach().clone(), statistic)
+                slope = torch.where(observed, slope, 0.0)
+                # Of a scalar: to look at a gradient that is given torch imports sympy, which takes
+                # half a second.
+                (pulled,) = torch.autograd.grad((predictor * slope).sum(), values)
             change = pulled * scores * weights.unsqueeze(1)
             parts -= 2 * float(share) * change.double().sum(0)
         return parts

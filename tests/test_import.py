@@ -69,6 +69,26 @@ def test_the_mathematics_is_on_torch_alone(module):
     }
 
 
+FITTED = """
+import sys
+import numpy as np
+from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
+before = set(sys.modules)
+X = np.random.default_rng(0).poisson(2.0, size=(60, 8)).astype(float)
+for model in (ExpFamilyDEQ(2, family="poisson"), ImplicitEMEncoder(4)):
+    model.fit(X).transform(X)
+print(*set(sys.modules) - before, sep="\\n")
+"""
+
+
+def test_the_first_fit_of_a_process_loads_nothing_heavy():
+    command = [sys.executable, "-W", "ignore", "-c", FITTED]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    packages = {name.partition(".")[0] for name in loaded}
+    assert not packages & {"sympy", "matplotlib", "pandas"}
+    assert not {*loaded} & {"torch._dynamo", "torch._inductor", "skdeq.nn"}
+
+
 def test_submodules_are_there_when_asked_for():
     public = {module.name for module in pkgutil.iter_modules(skdeq.__path__)}
     public = {name for name in public if not name.startswith("_")}
