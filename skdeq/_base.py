@@ -68,8 +68,25 @@ def unchanged_on_error(estimator) -> Iterator[None]:
         raise
 
 
+# A weight whose square times a million rows is a number of float32, as its inverse is.
+LARGEST_WEIGHT = 1e15
+
+
+def _check_stream_weights(sample_weight) -> None:
+    """Refuse weights that would have to be rescaled, which those of other batches were not."""
+    weight = np.asarray(0 if sample_weight is None else host_array(sample_weight, "sample_weight"))
+    # All else is validated where the rows are.
+    largest = np.max(weight, initial=0) if weight.dtype.kind in "iuf" else 0
+    if 0 < largest < np.inf and not 1 / LARGEST_WEIGHT <= largest <= LARGEST_WEIGHT:
+        raise ValueError(
+            f"sample_weight is {largest:.3g} at most; the weights of a stream, which are compared "
+            f"with those of other batches, must be between {1 / LARGEST_WEIGHT:g} and "
+            f"{LARGEST_WEIGHT:g}. Divide those of all batches by one number."
+        )
+
+
 @contextmanager
-def stream_batch(estimator) -> Iterator[None]:
+def stream_batch(estimator, sample_weight=None) -> Iterator[None]:
     """Count a batch of a stream, or say which one it was that failed.
 
     Batches are counted from the first call of `partial_fit` or the last of `fit`; one that
@@ -78,6 +95,7 @@ def stream_batch(estimator) -> Iterator[None]:
     """
     number = getattr(estimator, "_n_batches", 0) + 1
     try:
+        _check_stream_weights(sample_weight)
         yield
     except (TypeError, ValueError) as error:
         where = (

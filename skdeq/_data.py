@@ -194,8 +194,8 @@ def has_short_digits(X, family: Family) -> bool:
     return (size**2 if constant else size) > _MOST_IN_SINGLE
 
 
-def far_means(X, family: Family) -> np.ndarray | None:
-    """Means (p,) of the columns of validated data that lie far from zero, and zeros of others.
+def far_means(X, family: Family, weight: np.ndarray | None = None) -> np.ndarray | None:
+    """Weighted means (p,) of the columns that lie far from zero, and zeros of the others.
 
     The terms of an objective are as large as the squares of the entries, and what the model
     explains is what is left of them.
@@ -207,9 +207,11 @@ def far_means(X, family: Family) -> np.ndarray | None:
     """
     if not family.is_location_family or sp.issparse(X) or X.dtype != torch.float64:
         return None
-    mean = (X.new_ones(len(X)) @ X) / len(X)
+    ones = X.new_ones(len(X)) if weight is None else to_tensor(weight, X.device).to(X)
+    mean = (ones @ X) / ones.sum()
     gaps = torch.isnan(mean)
-    mean[gaps] = X[:, gaps].nanmean(0)
+    some = X[:, gaps]
+    mean[gaps] = (ones @ some.nan_to_num(nan=0.0)) / (ones @ (~torch.isnan(some)).to(X))
     far = torch.isfinite(mean) & (mean.abs() > _FAR)
     return torch.where(far, mean, 0.0).cpu().numpy() if far.any() else None
 

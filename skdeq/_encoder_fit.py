@@ -52,8 +52,9 @@ _GATHERED_ENTRIES = 2**20
 # Products of a step below which one thread is as good as two, that wait for each other dozens of
 # times a step, and ten times faster where another process wants a core (6e6 on MNIST).
 _LEAST_THREADED = 2**24
-# Batches that the loss before training is taken from.
-_FIRST_BATCHES = 8
+# Batches of the first epoch that the loss before training is taken from: of fewer than there are
+# it has an error, by which a fit that begins near its end would be told to go back.
+_FIRST_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -323,10 +324,12 @@ class EncoderTrainer:
         terms = torch.zeros_like(self._terms)
         count = -(-len(order) // self.options.batch_size)
         indices = order.tensor_split(count)[:_FIRST_BATCHES]
+        mean_weight: Any = None if sample_weight is None else sample_weight.mean().to(terms)
         for index in indices:
             weight = None if sample_weight is None else sample_weight[index].to(terms.device)
             _, _, objective, _ = self._evaluate(self.rows.gather(index), weight)
-            terms[:3] += objective.terms / len(indices)
+            share = 1.0 if weight is None else weight.mean() / mean_weight
+            terms[:3] += objective.terms * share / len(indices)
         if self.options.weights.weight_redundancy:
             terms[3], _ = weight_redundancy(self.weights[:, :-1])
         return float(terms.double().cpu() @ self.options.weights.vector)

@@ -83,7 +83,7 @@ class LatentVariableEstimator(FittedLatents):
                 check_columns(self, X, "rows of positive weight")
             warn_of_ends(X, family)
             self._in_double = has_short_digits(X, family)
-            self._origin = far_means(X, family)
+            self._origin = far_means(X, family, sample_weight)
         X = self._moved(X)
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)

@@ -221,8 +221,10 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
     loss_curve_ : list of float
         Mean objective, with all constants of the likelihood: before the step of each iteration of
         "scoring", and after each epoch of "adam". Where rows may have several solutions the last
-        is at those that `transform` finds, with "adam" where that makes a hundredth of what was
-        gained, and may be above the one before. `partial_fit` adds that of each later batch.
+        is at those that `transform` finds (of a ReLU with its exact mask), with "adam" where that
+        makes a hundredth of what was gained; it takes the place of the one that was printed, and
+        may be above the one before, as may those of further steps that serve these solutions.
+        `partial_fit` adds that of each later batch.
     n_iter_ : int
         Iterations run, and one for each later batch of a stream. Where the variance has no known
         bound (Poisson, negative binomial, gamma, and through a canonical map) two starts are first
@@ -516,7 +518,7 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         """
         first = getattr(self, "components_", None) is None
         fitting = self._fitting(X, y, sample_weight, stream=not first)
-        with stream_batch(self), fitting as progress, parallel_chunks():
+        with stream_batch(self, sample_weight), fitting as progress, parallel_chunks():
             if first:
                 self._fit(X, sample_weight, progress)
             else:

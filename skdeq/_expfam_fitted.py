@@ -41,15 +41,15 @@ class FittedLatents(LatentLayout):
     _origin: np.ndarray | None = None
 
     def _origin_of(self, X) -> torch.Tensor | None:
-        """Origin (p,) of validated rows, where they are."""
+        """Origin (p,), float64, of validated rows, where they are."""
         if self._origin is None or sp.issparse(X):
             return None
-        return to_tensor(self._origin).to(X)
+        return to_tensor(self._origin, X.device)
 
     def _moved(self, X):
         """Take their origin off validated rows."""
         origin = self._origin_of(X)
-        return X if origin is None else X - origin
+        return X if origin is None else (X - origin).to(X.dtype)
 
     def _setting(self, X, family: Family, sample_weight, profile) -> tuple[Setting, np.ndarray]:
         """Move validated data, moved by their origin, to the device."""
@@ -124,8 +124,10 @@ class FittedLatents(LatentLayout):
 
     def _model_for(self, setting: Setting) -> LatentModel:
         """Fitted parameters in the type and on the device of data, and from their origin."""
-        model = self._model(setting.observations.device, setting.observations.dtype)
-        return setting.inwards(model)
+        device, dtype = setting.observations.device, setting.observations.dtype
+        if setting.origin is None:
+            return self._model(device, dtype)
+        return setting.inwards(self._model(device, torch.float64)).to(device, dtype)
 
     def _predictors(self, codes: torch.Tensor) -> torch.Tensor:
         """Linear predictors at unit exposure of what `transform` returns, where that lies."""
@@ -234,9 +236,7 @@ class FittedLatents(LatentLayout):
     @property
     def _has_kinks(self) -> bool:
         """Whether a map of the model has kinks."""
-        return bool(
-            self._family().widths or (len(self._sizes()) > 1 and self._hidden_map().widths)
-        )
+        return bool(self._family().widths or (self._hidden() and self._hidden_map().widths))
 
     def _largest_predictor(self, latents: torch.Tensor) -> float:
         """Largest size of the linear predictors of latents (m, K) at unit exposure."""

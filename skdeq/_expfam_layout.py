@@ -82,8 +82,7 @@ def changed_parameters(
 
 def changed_law(asked: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Parameters that ask for another law of the rows than was fitted: what they are, and were."""
-    changes = changed_parameters(asked, there)
-    return {name: pair for name, pair in changes.items() if name not in _OF_THE_SHAPES}
+    return changed_parameters({**asked, **{name: there[name] for name in _OF_THE_SHAPES}}, there)
 
 
 class LatentLayout(BaseEstimator):

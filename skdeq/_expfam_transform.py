@@ -16,6 +16,7 @@ from skdeq._chunks import parallel_chunks
 from skdeq._data import log_base_rows
 from skdeq._expfam_base import LatentVariableEstimator
 from skdeq._expfam_fitted import narrowed
+from skdeq._fixed_point_problem import OF_ROWS
 from skdeq._likelihood import laplace_log_likelihood
 from skdeq._typing import MatrixLike, Output, VectorLike
 from skdeq._validation import check_codes, check_weights
@@ -78,8 +79,7 @@ class LatentTransformer(
         with parallel_chunks():
             result, setting, _ = self._solve(X)
         result = narrowed(result, setting)
-        fields = ("value", "residual", "converged", "n_iter")
-        parts: dict[str, Any] = {one: returned(getattr(result, one), X) for one in fields}
+        parts: dict[str, Any] = {one: returned(getattr(result, one), X) for one in OF_ROWS}
         return replace(result, **parts)
 
     def natural_parameters(self, Z: VectorLike) -> Output:

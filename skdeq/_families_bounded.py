@@ -44,13 +44,18 @@ class Gaussian(Family):
     log_partition_formula = "{eta}^2 / 2"
     mean_formula = "{eta}"
     accepts = "finite real numbers"
-    is_location_family = True
     variance_bound = 1.0
     self_concordance = 0.0
 
+    @property
+    def is_location_family(self) -> bool:  # type: ignore[override]
+        """True, unless a subclass has a statistic, a log-partition or a base of its own."""
+        parts = ("sufficient", "log_partition", "mean", "log_base")
+        return all(getattr(type(self), part) is getattr(Gaussian, part) for part in parts)
+
     def log_prob(self, x: Tensor, eta: Tensor) -> Tensor:
         """Return ``-(x - eta)^2 / 2 - log(2 pi) / 2``, with all digits however far from zero."""
-        return self.log_base(x - eta)
+        return self.log_base(x - eta) if self.is_location_family else super().log_prob(x, eta)
 
     def log_partition(self, eta: Tensor) -> Tensor:
         """Return ``eta^2 / 2``."""

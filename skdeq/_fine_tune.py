@@ -55,8 +55,8 @@ _PARAMETERS = """
     weight_decay : float or None, default=None
         Decoupled decay of the head's weights: each step takes this times `learning_rate` off as
         a share of them. None is 4 divided by the number of minibatches in an epoch, so that an
-        epoch takes off as much whatever the number of rows, 4 % at the default rate; and 1e-4 in
-        streams.
+        epoch takes off as much whatever the number of rows, 4 % at the default rate (a step never
+        more than half); and 1e-4 in streams.
 
     batch_size : int, default=128
         Rows of a minibatch at most.
@@ -187,7 +187,7 @@ class DEQClassifier(ScoredOnHost, ClassifierMixin, FineTuned):
             If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
-        with stream_batch(self), fitting as progress, parallel_chunks():
+        with stream_batch(self, sample_weight), fitting as progress, parallel_chunks():
             going_on, classes = hasattr(self, "coefs_"), host_array(classes, "classes")
             if not going_on and classes is None:
                 raise ValueError("classes must be given in the first call of partial_fit.")
@@ -350,7 +350,7 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
             If parameters that shape the model are no longer those it has.
         """
         fitting = self._fitting(X, y, sample_weight, stream=True)
-        with stream_batch(self), fitting as progress, parallel_chunks():
+        with stream_batch(self, sample_weight), fitting as progress, parallel_chunks():
             self._pass_once(X, y, sample_weight, progress)
         return self
 

@@ -73,6 +73,8 @@ _SLOWER = 3
 # Default of the decay of the weights, times the minibatches of an epoch: with a fixed decay for
 # each step an epoch of few rows, who need it most, would take next to nothing off.
 _DECAY_OF_AN_EPOCH = 4.0
+# Share of the weights that it takes off in one step at most, whatever the rate.
+_MOST_OF_A_STEP = 0.5
 # The same in a stream, of which nobody knows how many rows are to come.
 _DECAY_OF_A_STREAM = 1e-4
 
@@ -332,6 +334,7 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
             weight_decay = _DECAY_OF_A_STREAM
             if n_rows is not None:
                 weight_decay = _DECAY_OF_AN_EPOCH / -(-n_rows // int(self.batch_size))
+                weight_decay = min(weight_decay, _MOST_OF_A_STEP / float(self.learning_rate))
         backbone_learning_rate = self.backbone_learning_rate
         if backbone_learning_rate is None:
             backbone_learning_rate = self.learning_rate / _SLOWER

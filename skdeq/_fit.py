@@ -228,17 +228,20 @@ def fit_full_batch(
 
     scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
     try:
-        model = scoring.run(model, trace.null_objective)
-        fitted, reached = finish(model)[0], scoring.loss_curve[-1]
-        if not (scoring.converged and trace.lost > MOST_LOST):
+        ended = scoring.run(model, trace.null_objective)
+        fitted, reached = finish(ended)[0], scoring.loss_curve[-1]
+        if is_convex:
             return fitted, trace
-        objective = trace.from_zero
-        lower = finish(descend(scoring, solver, model, trace.null_objective))[0]
-        # Kinks that were rounded off on the way may undo the little that was gained.
-        if trace.from_zero < objective:
-            fitted, objective = lower, trace.from_zero
-        trace.end_at(objective, reached)
-        return fitted, trace
+        # Of all that is known the one that serves latents from zero best.
+        best, others = (trace.from_zero, fitted), [] if previous is None else [model]
+        if scoring.converged and trace.lost > MOST_LOST and not progress.stopped:
+            others.append(descend(scoring, solver, ended, trace.null_objective))
+        for other in others:
+            fitted, _ = finish(other)
+            if trace.from_zero < best[0]:
+                best = trace.from_zero, fitted
+        trace.end_at(best[0], reached)
+        return best[1], trace
     finally:
         # Each would keep the other, and the data on a card, until the collector comes by.
         del scoring.finish

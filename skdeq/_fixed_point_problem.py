@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "CROWDED",
+    "OF_ROWS",
     "FixedPointProblem",
     "FixedPointResult",
     "certified_residual",
@@ -20,7 +21,7 @@ __all__ = [
 # Share of the rows at work beyond which solved ones are not worth taking out.
 CROWDED = 0.8
 # Fields of a result that have one entry or row for each row.
-_OF_ROWS = ("value", "residual", "converged", "n_iter")
+OF_ROWS = ("value", "residual", "converged", "n_iter")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ class FixedPointResult:
 
     def take(self, rows: Tensor) -> "FixedPointResult":
         """Return the result of some rows, in the order given."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in _OF_ROWS})
+        return replace(self, **{name: getattr(self, name)[rows] for name in OF_ROWS})
 
     def put_(self, rows: Tensor, other: "FixedPointResult") -> None:
         """Replace the result of some rows, in place."""
-        for name in _OF_ROWS:
+        for name in OF_ROWS:
             getattr(self, name)[rows] = getattr(other, name)
 
     @property

@@ -58,8 +58,9 @@ def descend(
     model, objective = from_zero(model)
     length = 1.0
     for _ in range(min(_MOST_STEPS, scoring.max_iter - scoring.n_iter)):
-        model = balance(setting, model)(model)
-        found, length = _shortened(model, scoring.columns(model), length, objective, from_zero)
+        # It moves zero, and may by itself make the objective larger.
+        turned = balance(setting, model)(model)
+        found, length = _shortened(turned, scoring.columns(turned), length, objective, from_zero)
         if found is None:
             break
         gained = objective - found[1]

@@ -314,7 +314,7 @@ class ImplicitEMEncoder(
         self : ImplicitEMEncoder
             The updated estimator.
         """
-        with stream_batch(self), training(self, X, y, sample_weight):
+        with stream_batch(self, sample_weight), training(self, X, y, sample_weight):
             self._update(X, sample_weight)
         return self
 

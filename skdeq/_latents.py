@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks, sum_chunks
+from skdeq._fixed_point_problem import OF_ROWS
 from skdeq._hierarchy import HierarchyProblem
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import better_of, first_latents
@@ -146,7 +147,7 @@ class _Plan:
         final = FixedPointResult(
             value.clone(), residual, torch.zeros_like(is_done), torch.zeros_like(rows)
         )
-        last = value
+        last, every = value, problem
         for at, width in enumerate(self.stages):
             problem.smooth(width)
             start = value
@@ -155,8 +156,8 @@ class _Plan:
                 # last width left it Newton's method would have to search for the narrower ramp.
                 wider, wide = self.stages[at - 2 : at]
                 guess = torch.lerp(value, last, (width - wide) / (wider - wide))
-                every = torch.arange(len(rows), device=rows.device)
-                start = better_of(problem, guess, value, every, problem.objective(value, every))
+                these = torch.arange(len(rows), device=rows.device)
+                start = better_of(problem, guess, value, these, problem.objective(value, these))
             # On the ramp rounding of a predictor is that much of the slope.
             result = self._once(problem, start, torch.finfo(value.dtype).eps / width)
             result = replace(result, n_iter=final.n_iter[rows] + result.n_iter)
@@ -168,6 +169,8 @@ class _Plan:
             final.put_(rows, result)
             last, value = value, result.value
             is_done |= result.converged & (width <= self.tol * problem.extent(value))
+        # What looks at the rows after this means the kinks as narrow as they get.
+        every.smooth(self.stages[-1])
         return final
 
     def _finish(self, part: Any, result: FixedPointResult, batch_rows: int) -> None:
@@ -246,10 +249,10 @@ def solve_latents(
         return plan.solve(problem.chunk(low, high), begin[low:high], batch_rows)
 
     parts = map_chunks(work, problem.n_rows, plan.chunk_rows(problem), begin.device)
-    fields = ("value", "residual", "converged", "n_iter")
-    return FixedPointResult(
-        *[torch.cat([getattr(part, field) for part in parts]) for field in fields]  # type: ignore
-    )
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in OF_ROWS
+    }
+    return FixedPointResult(**joined)
 
 
 def feature_variances(setting: Setting, model: LatentModel) -> Tensor:

@@ -1,6 +1,7 @@
 """What is given of a model, and the problems that its two halves are."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -56,7 +57,7 @@ class Setting:
         Type of the data, where it is not that in which they are worked on.
     pins : Pins or None
         Columns that are not fitted.
-    origin : Tensor of shape (p,) or None
+    origin : Tensor of shape (p,), float64, or None
         What has been taken off the data, and off the intercept.
     """
 
@@ -88,30 +89,28 @@ class Setting:
         """Return a model of data as they come for data that the origin has been taken off."""
         if self.origin is None:
             return model
-        return replace(model, intercept=model.intercept - self.origin)
+        return replace(model, intercept=(model.intercept - self.origin).to(model.intercept))
 
     def outwards(self, model: LatentModel) -> LatentModel:
         """Return a model of data that the origin has been taken off for data as they come."""
         if self.origin is None:
             return model
-        return replace(model, intercept=model.intercept + self.origin)
+        return replace(model, intercept=(model.intercept + self.origin).to(model.intercept))
 
     def rounded_off(self) -> "Setting":
         """Return the same with the kinks of its maps as smooth as in training."""
-        family, hidden = self.family, self.hidden_map
-        if family.widths:
-            family = family.smoothed(family.widths[0])
-        if hidden.widths:
-            hidden = hidden.smoothed(hidden.widths[0])
-        return replace(self, family=family, hidden_map=hidden)
+        return self._with_widths(lambda widths: widths[0])
 
     def unrounded(self) -> "Setting":
         """Return the same with the kinks of its maps as they are."""
+        return self._with_widths(lambda widths: 0.0)
+
+    def _with_widths(self, width: Callable[[tuple[float, ...]], float]) -> "Setting":
         family, hidden = self.family, self.hidden_map
         if family.widths:
-            family = family.smoothed(0.0)
+            family = family.smoothed(width(family.widths))
         if hidden.widths:
-            hidden = hidden.smoothed(0.0)
+            hidden = hidden.smoothed(width(hidden.widths))
         return replace(self, family=family, hidden_map=hidden)
 
     def double(self) -> "Setting":

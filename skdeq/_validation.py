@@ -12,6 +12,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from skdeq._base import (
+    LARGEST_WEIGHT,
     detached,
     host_array,
     numpy_dtype,
@@ -39,8 +40,6 @@ __all__ = [
 _FLOATS = (np.float64, np.float32)
 # Types that need no copy as floats: batches of them are converted as they are used.
 _ROW_TYPES = (*_FLOATS, np.uint8, np.int8, np.int16, np.bool_)
-# A weight whose square times a million rows is a number of float32, as its inverse is.
-_LARGEST_WEIGHT = 1e15
 
 
 def check_observations(estimator, X, family: Family, *, reset: bool):
@@ -158,7 +157,7 @@ def check_weights(sample_weight, X) -> np.ndarray:
             f"{len(sample_weight)} of them are zero."
         )
     largest = sample_weight.max()
-    if not 1 / _LARGEST_WEIGHT <= largest <= _LARGEST_WEIGHT:
+    if not 1 / LARGEST_WEIGHT <= largest <= LARGEST_WEIGHT:
         sample_weight = np.ldexp(sample_weight, -np.frexp(largest)[1])
     return sample_weight.astype(dtype, copy=False)
 

@@ -1,5 +1,6 @@
 """Data whose size leaves too few digits: in float32 and, far from zero, in float64."""
 
+import math
 import warnings
 
 import numpy as np
@@ -7,12 +8,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
 
 from skdeq import DEQRegressor, ExpFamilyDEQ
-from skdeq.families import Gamma
+from skdeq.families import Gamma, get_family
 from skdeq.model_selection import entrywise_cross_val_score
 
 
@@ -184,3 +185,39 @@ def test_rows_certified_by_a_shared_curvature_are_at_their_minimum(fixed_point):
     assert result.converged.sum() > 30
     # Some were certified 56 above.
     assert (energy(result.value) - least)[result.converged].max() < 1e-6
+
+
+def test_rows_of_next_to_no_weight_do_not_settle_where_data_are_worked_on():
+    X = gaussian(0.0).astype(float)
+    rows, weight = np.vstack([X[:1] + 1e12, X]), np.ones(301)
+    weight[0] = 1e-28
+    weighted = ExpFamilyDEQ(2, random_state=0).fit(rows, sample_weight=weight)
+    expected = ExpFamilyDEQ(2, random_state=0).fit(X)
+    assert_allclose(weighted.intercept_, expected.intercept_, atol=1e-12)
+    assert weighted.score(X) == pytest.approx(expected.score(X), rel=1e-10)
+
+
+def test_a_gaussian_law_of_another_scale_is_its_own():
+    class Scaled(type(get_family("gaussian"))):
+        # A mean of 2 eta and a standard deviation of 2.
+        def sufficient(self, x):
+            return x / 2
+
+        def log_base(self, x):
+            return -(x / 2).square() / 2 - math.log(2 * math.pi * 4) / 2
+
+    X = gaussian(5000.0).astype(float)
+    values, eta = torch.from_numpy(X[:3]), torch.tensor(2500.0, dtype=torch.float64)
+    expected = norm.logpdf(X[:3], 2 * 2500.0, 2.0)
+    assert_allclose(Scaled().log_prob(values, eta), expected, rtol=1e-6)
+    model = ExpFamilyDEQ(2, family=Scaled(), random_state=0).fit(X)
+    assert_allclose(2 * model.intercept_, X.mean(0), rtol=1e-6)
+    module = model.to_module()(torch.from_numpy(X)).detach()
+    assert_allclose(module, model.transform(X), atol=1e-6)
+
+
+def test_float32_rows_of_a_model_far_from_zero_keep_their_digits():
+    # Integers of up to 24 bits have no rounding in float32.
+    X = np.round(16 * gaussian(0.0).astype(float)) + 2.0**20
+    model = ExpFamilyDEQ(3, random_state=0).fit(X)
+    assert_allclose(model.transform(X.astype(np.float32)), model.transform(X), atol=1e-3)

@@ -1,5 +1,6 @@
 """ExpFamilyDEQ against PCA, ridge GLMs and the normal law; data of every kind."""
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -1320,6 +1321,48 @@ def test_another_law_than_was_fitted_is_refused(fitted_with, asked):
     # What does not enter the law may change.
     model.set_params(n_components=1, weight_decay=1.0, fixed_point_max_iter=60)
     np.testing.assert_array_equal(model.transform(X), before)
+
+
+def clamped(x, least):
+    return torch.clamp(x, min=least)
+
+
+class Helped(type(get_family("poisson"))):
+    def __init__(self):
+        self.shape = functools.partial(clamped, least=0.0)
+        self.method = self.mean
+
+
+def test_a_family_with_helpers_that_equal_no_copy_is_the_one_that_was_fitted():
+    X = sample("poisson")
+    model = ExpFamilyDEQ(2, family=Helped(), random_state=0).fit(X)
+    expected = model.transform(X)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).transform(X), expected)
+    assert model.partial_fit(X).n_iter_ > 1
+
+
+def test_only_what_was_fitted_says_which_parameters_of_the_law_count():
+    X = sample("poisson")
+    options = {"family": "poisson", "max_iter": 2, "tol": 1.0, "random_state": 0}
+    deep = ExpFamilyDEQ(2, hidden_layer_sizes=(4,), hidden_map="relu", **options).fit(X)
+    deep.set_params(hidden_layer_sizes=(), hidden_map="tanh")
+    with pytest.raises(ValueError, match="was not fitted with hidden_map='tanh' but with 'relu'"):
+        deep.transform(X)
+    one = ExpFamilyDEQ(2, **options).fit(X)
+    expected = one.transform(X)
+    one.set_params(hidden_map="relu", image_shape=(3, 3), n_components=20, solver="adam")
+    np.testing.assert_array_equal(one.transform(X), expected)
+
+
+def test_rows_that_are_not_solved_are_a_warning_whatever_a_later_fit_is_to_be():
+    X = sample("poisson")
+    options = {"hidden_layer_sizes": (4,), "hidden_map": "relu", "max_iter": 2, "tol": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        deep = ExpFamilyDEQ(2, family="poisson", random_state=0, **options).fit(X)
+    deep.set_params(n_components=6, solver="scoring", fixed_point_max_iter=1)
+    with pytest.warns(ConvergenceWarning, match="rows are not solved"):
+        deep.transform(X)
 
 
 def test_a_family_with_an_array_for_parameter_streams():

@@ -1066,3 +1066,13 @@ def test_a_stream_from_a_fitted_backbone_is_principal_over_what_that_has_seen():
     scores = stream.backbone_.transform(np.vstack([X, X[:40]]))
     assert abs(np.corrcoef(scores, rowvar=False)[0, 1]) < 1e-4
     assert abs(np.corrcoef(scores[400:], rowvar=False)[0, 1]) > 1e-2
+
+
+def test_no_step_takes_more_than_half_of_the_weights():
+    X, _, _ = data()
+    options = {"fine_tune": False, "head_layer_sizes": (4,), "batch_size": 400, "max_iter": 1}
+    network = regressor(learning_rate=5.0, tol=10.0, **options).fit(X, np.ones(len(X)))
+    # Of constant targets nothing else moves them.
+    none = regressor(learning_rate=5.0, weight_decay=0.0, tol=10.0, **options)
+    first = none.fit(X, np.ones(len(X))).coefs_[0]
+    np.testing.assert_allclose(network.coefs_[0], first / 2, rtol=1e-6)

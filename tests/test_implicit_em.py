@@ -982,3 +982,15 @@ def test_a_column_that_varies_by_rounding_alone_is_constant():
     fitted = encoder().fit(beside)
     # Where no row is off by more than 1e-16 a weight has next to no gradient.
     assert np.abs(fitted.components_[:, -1]).max() < 1e-15
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_warm_start_near_the_end_goes_on(weighted):
+    X = digits() / 16
+    weight = np.random.default_rng(0).uniform(0.2, 5, size=len(X)) if weighted else None
+    fitted = encoder(max_iter=40, warm_start=True).fit(X, sample_weight=weight)
+    # Any warning is an error.
+    again = fitted.loss_curve_[-1]
+    fitted.fit(X, sample_weight=weight)
+    assert len(fitted.loss_curve_) == fitted.n_iter_ == 40
+    assert fitted.loss_curve_[-1] < again

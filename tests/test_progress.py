@@ -468,3 +468,17 @@ def test_callback_may_stop_a_fit_in_an_epoch_that_is_undone(monkeypatch):
     encoder = MAKE["encoder"](learning_rate=1e300, activation="identity", batch_size=40)
     encoder.set_callbacks(Recorder(stop=0)).fit(X)
     assert len(epochs) == 1 and not np.isfinite(epochs[0])
+
+
+def test_callback_may_stop_a_fit_that_would_go_on_from_zero():
+    pytest.importorskip("sklearn.callback")
+    X = 10 * np.random.default_rng(2).normal(size=(40, 10))
+    model = ExpFamilyDEQ(2, canonical_map="softplus", random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        whole = clone(model).fit(X)
+        stops = range(whole.n_iter_)
+        fits = [clone(model).set_callbacks(Recorder(stop=stop)).fit(X) for stop in stops]
+    assert [fitted.n_iter_ for fitted in fits] == [stop + 1 for stop in stops]
+    # Whoever lets it go on has no worse a model.
+    assert whole.loss_curve_[-1] <= min(fitted.loss_curve_[-1] for fitted in fits[-3:]) + 1e-9

@@ -106,3 +106,15 @@ def test_weights_of_any_size_count_by_their_ratios(size, dtype):
     components = clone(encoder).fit(X, sample_weight=weight * size / 100).components_
     expected = clone(encoder).fit(X, sample_weight=weight / 100).components_
     assert_allclose(components, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e16])
+def test_weights_of_a_stream_are_not_rescaled(size):
+    X = sample("poisson", n=60)
+    stream = ExpFamilyDEQ(2, family="poisson", random_state=0).partial_fit(X, None, np.ones(60))
+    before = stream.components_.copy()
+    with pytest.raises(ValueError, match="Divide those of all batches.*batch 2 of this stream"):
+        stream.partial_fit(X, None, np.full(60, size))
+    np.testing.assert_array_equal(stream.components_, before)
+    with pytest.raises(ValueError, match="could not convert string to float.*batch 2"):
+        stream.partial_fit(X, None, ["a"] * 60)
