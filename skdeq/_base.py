@@ -14,6 +14,7 @@ from skdeq._version import __version__
 from skdeq._warn import warn
 
 __all__ = [
+    "LARGEST_WEIGHT",
     "VersionedMixin",
     "detached",
     "host_array",
