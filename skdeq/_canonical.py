@@ -10,14 +10,26 @@ from torch import Tensor
 from ._family import CanonicalMap, Family
 from ._interval import Interval
 
-__all__ = ["Identity", "LogLink", "MappedFamily", "ReLU", "Softplus", "Tanh", "through"]
+__all__ = [
+    "TRAINING_WIDTH",
+    "WIDTHS",
+    "Identity",
+    "LogLink",
+    "MappedFamily",
+    "ReLU",
+    "Softplus",
+    "Tanh",
+    "through",
+]
 
 # A linear predictor at which a map of limited range is as good as at its end, and at which a
 # fit can still start.
 _NEAR_THE_END = 4.0
 _LEAST_RELU_START = 0.1
-# Widths over which a kink is rounded off: in fits, and then step by step on the way to latents.
-_WIDTHS = (1e-2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+# Widths over which kinks are rounded off, one after another, on the way to the latents of a row.
+WIDTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+# The one at which models are trained.
+TRAINING_WIDTH = 1e-2
 
 
 class Identity(CanonicalMap):
@@ -82,9 +94,9 @@ class ReLU(CanonicalMap):
         self._width = 0.0
 
     @property
-    def widths(self) -> tuple[float, ...]:  # type: ignore[override]
-        """Widths of the smoothing; the other masks have energies without kinks."""
-        return _WIDTHS if self.mask == "latents" else ()
+    def has_kinks(self) -> bool:  # type: ignore[override]
+        """Whether the energy has kinks, which those of the other masks have not."""
+        return self.mask == "latents"
 
     @property
     def derivative_formula(self) -> str:  # type: ignore[override]
@@ -97,6 +109,8 @@ class ReLU(CanonicalMap):
         A minimum of the log joint may lie on a kink, where the mask has no value that would make
         it a fixed point. There the limit of the rounded maps has one, between 0 and 1.
         """
+        if not self.has_kinks:
+            return self
         result = copy.copy(self)
         result._width = width
         return result
@@ -343,12 +357,14 @@ class MappedFamily(Family):
         return self._base
 
     @property
-    def widths(self) -> tuple[float, ...]:  # type: ignore[override]
-        """Smoothing of the map: first that of a fit, then those on the way to exact latents."""
-        return self.canonical_map.widths
+    def has_kinks(self) -> bool:  # type: ignore[override]
+        """Whether the map has kinks."""
+        return self.canonical_map.has_kinks
 
     def smoothed(self, width: float) -> "MappedFamily":
         """Return the family through the smoothed map."""
+        if not self.has_kinks:
+            return self
         return MappedFamily(self._base, self.canonical_map.smoothed(width))
 
     @property

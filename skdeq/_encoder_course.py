@@ -53,7 +53,7 @@ class Course:
     def begin_again(self) -> None:
         """Forget the epochs since the best one, which were undone."""
         self._best = self._last = torch.inf
-        self._quiet = 0
+        self._quiet, self.at_rest = 0, False
 
     def record(self, loss: float, n_iter: int, *, is_last: bool) -> bool:
         """Take in the loss of an epoch.

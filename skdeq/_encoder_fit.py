@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from skdeq._optimiser_state import (
 )
 from skdeq._precondition import SQUARED_NORM, RowBatches
 from skdeq._progress import Progress
-from skdeq._replay import Capture, StepRunner, capture_graph
+from skdeq._replay import StepRunner, capture_graph
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -116,14 +116,30 @@ def _adam(weights: Tensor, options: EncoderOptions) -> torch.optim.Optimizer:
     return adam
 
 
-OPTIMISERS: dict[str, Callable[[Tensor, EncoderOptions], torch.optim.Optimizer]] = {
-    "sgd": lambda weights, options: torch.optim.SGD(
-        [weights], lr=options.learning_rate, momentum=options.momentum, fused=True
-    ),
-    "adam": _adam,
+def _sgd(weights: Tensor, options: EncoderOptions) -> torch.optim.Optimizer:
+    rate, momentum = options.learning_rate, options.momentum
+    return torch.optim.SGD([weights], lr=rate, momentum=momentum, fused=True)
+
+
+class Optimiser(NamedTuple):
+    """A way to take steps.
+
+    Attributes
+    ----------
+    make : callable
+        Makes the optimiser of weights (K, p + 1) from the options of the fit.
+    kept : set of str
+        Names of what it keeps of each parameter from step to step.
+    """
+
+    make: Callable[[Tensor, EncoderOptions], torch.optim.Optimizer]
+    kept: set[str]
+
+
+OPTIMISERS = {
+    "sgd": Optimiser(_sgd, {"momentum_buffer"}),
+    "adam": Optimiser(_adam, {"step", "exp_avg", "exp_avg_sq"}),
 }
-# What each keeps from step to step.
-_STATES = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
 
 
 class EncoderTrainer:
@@ -136,21 +152,13 @@ class EncoderTrainer:
     options : EncoderOptions
     rows : RowBatches
         What to train on.
-    capture : callable, optional
-        See :class:`StepRunner`; by default a CUDA graph on a card and nothing elsewhere.
     """
 
-    def __init__(
-        self,
-        weights: Tensor,
-        options: EncoderOptions,
-        rows: RowBatches,
-        capture: Capture | None = None,
-    ):
+    def __init__(self, weights: Tensor, options: EncoderOptions, rows: RowBatches):
         self.weights, self.options, self.rows = weights, options, rows
         # An activation of the user's own may do what cannot be captured.
-        if weights.device.type == "cuda" and options.activation in ACTIVATIONS.values():
-            capture = capture or capture_graph
+        is_known = options.activation in ACTIVATIONS.values()
+        capture = capture_graph if weights.device.type == "cuda" and is_known else None
         # Each would keep the other, and the rows on a card, until the collector comes by.
         me: Any = weakref.ref(self)
         self.run = StepRunner(lambda *inputs: me().step(*inputs), capture)
@@ -161,7 +169,7 @@ class EncoderTrainer:
             and options.momentum == 0
             and options.weights.weight_redundancy == 0
         )
-        self.optimiser = None if plain else OPTIMISERS[options.solver](weights, options)
+        self.optimiser = None if plain else OPTIMISERS[options.solver].make(weights, options)
         self.learning_rate = options.learning_rate
         self._slope: Tensor | Any = None if plain else torch.empty_like(weights)
         self._buffers: dict[int, tuple[Tensor, Tensor, BatchObjective]] = {}
@@ -282,19 +290,15 @@ class EncoderTrainer:
             loss = self.epoch(sample_weight, order)
             trace.loss_curve.append(loss)
             trace.n_iter += 1
-            astray = course.record(loss, trace.n_iter, is_last=not left)
-            if astray or self._is_lost(loss):
+            astray = course.record(loss, trace.n_iter, is_last=not left) or self._is_lost(loss)
+            if astray:
                 self._set_back(kept, trace, course.n_kept)
                 course.begin_again()
-                if progress.end(loss, lambda: trace):
-                    break
-                continue
-            stop = progress.end(loss, lambda: trace)
-            if course.keep(loss, trace.n_iter):
+            elif course.keep(loss, trace.n_iter):
                 kept.copy_(self.weights)
-            if stop or course.at_rest:
+            if progress.end(loss, lambda: trace) or course.at_rest:
                 break
-            if options.revive_dead and trace.n_iter < options.max_iter:
+            if options.revive_dead and not astray and trace.n_iter < options.max_iter:
                 self.revive(for_new)
         if trace.undone and course is not None and course.n_kept < trace.n_iter:
             # Where steps were too long once, the last are not the best.
@@ -368,7 +372,7 @@ class EncoderTrainer:
 
     def load_state(self, state: OptimiserState) -> None:
         """Take over a state, unless it is that of another optimiser."""
-        expected = [_STATES[self.options.solver]]
+        expected = [OPTIMISERS[self.options.solver].kept]
         if self.optimiser is not None and [set(known) for known in state] == expected:
             restore_state(self.optimiser, state)
             self.run.forget()

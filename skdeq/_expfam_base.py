@@ -8,6 +8,7 @@ import torch
 from sklearn.utils.validation import _num_samples
 
 from skdeq._base import numpy_dtype, resolve_device, seeded_generator, to_numpy, to_tensor
+from skdeq._canonical import TRAINING_WIDTH
 from skdeq._data import far_means, has_short_digits, log_base_rows, rows_of
 from skdeq._end_columns import EndColumns, end_columns, ends_at_infinity
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
@@ -88,7 +89,8 @@ class LatentVariableEstimator(FittedLatents):
         profile = None if reset else self._exposure_profile
         setting, profile = self._setting(X, family, sample_weight, profile)
         logs = log_base_rows(X, family).to(setting.observations.device)
-        return X, replace(setting.rounded_off(), log_base=setting.weighted_sum(logs)), profile
+        log_base = setting.weighted_sum(logs)
+        return X, replace(setting.smoothed(TRAINING_WIDTH), log_base=log_base), profile
 
     def _fit(self, X, sample_weight, progress: Progress):
         sizes = self._sizes()
@@ -314,7 +316,8 @@ class LatentVariableEstimator(FittedLatents):
             check_start=True,
         )
         model = replace(model, latents=solved.value)
-        self._keep(setting.rounded_off(), model, self._moments_of(setting, model, of_stream))
+        moments = self._moments_of(setting, model, of_stream)
+        self._keep(setting.smoothed(TRAINING_WIDTH), model, moments)
         # Steps of another model's Adam are not for this one.
         self._adam = []
         # They have been trained like the others.

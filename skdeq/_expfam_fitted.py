@@ -14,7 +14,7 @@ from skdeq._expfam_layout import LatentLayout, changed_law
 from skdeq._exposure import exposure_offset
 from skdeq._family import CanonicalMap
 from skdeq._fit import FitOptions
-from skdeq._hierarchy import HiddenLayer, mean_from_top, split_layers
+from skdeq._hierarchy import HiddenLayer, has_kinks, mean_from_top, split_layers
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents
 from skdeq._setting import Setting
@@ -236,7 +236,7 @@ class FittedLatents(LatentLayout):
     @property
     def _has_kinks(self) -> bool:
         """Whether a map of the model has kinks."""
-        return bool(self._family().widths or (self._hidden() and self._hidden_map().widths))
+        return has_kinks(self._family(), self._hidden(), self._hidden_map())
 
     def _largest_predictor(self, latents: torch.Tensor) -> float:
         """Largest size of the linear predictors of latents (m, K) at unit exposure."""

@@ -20,21 +20,33 @@ __all__ = ["CanonicalMap", "Family"]
 _AS_GOOD_AS_INFINITE = 40.0
 
 
-def _are_equal(one: object, other: object) -> bool:
-    """Whether two parameters are equal, which may be arrays or tensors.
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two parameters are equal, or one could be a copy of the other.
 
     Objects that are equal to themselves alone, and so not to their copies, are if they are of one
-    type; functions, of which copies are the same, are not.
+    type and what a pickle would hold of them is equal. Functions, of which copies are the same,
+    have to be one.
     """
     kind = type(one)
     if isinstance(one, MethodType) and isinstance(other, MethodType):
         return one.__func__ is other.__func__
-    if kind is type(other) and kind.__eq__ is object.__eq__ and kind is not FunctionType:
-        return True
-    try:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.detach().cpu(), other.detach().cpu())
+    if kind is not type(other):
         return bool(one == other)
-    except (ValueError, RuntimeError):
-        return np.array_equal(one, other)  # type: ignore[arg-type]
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if kind.__eq__ is object.__eq__ and kind not in (FunctionType, np.ufunc):
+        try:
+            return _are_equal(one.__reduce_ex__(2), other.__reduce_ex__(2))
+        except (TypeError, RecursionError):
+            # What cannot be copied, or holds itself, is not told from another of its type.
+            return True
+    return bool(one == other)
 
 
 class _EqualByParameters:
@@ -198,7 +210,8 @@ class Family(_EqualByParameters, ABC):
     # For people: A and A' as text, with {eta} for the argument.
     log_partition_formula = "A({eta})"
     mean_formula = "A'({eta})"
-    widths: tuple[float, ...] = ()
+    # Whether it is seen through a map with kinks.
+    has_kinks: bool = False
     # Of a family that is seen through a map.
     canonical_map: "CanonicalMap"
 
@@ -231,7 +244,7 @@ class Family(_EqualByParameters, ABC):
         return self
 
     def smoothed(self, width: float) -> "Family":
-        """Return the family through the map rounded off over a width: this one has no kinks."""
+        """Return the family with the kinks of its map rounded off: this one has none."""
         return self
 
     def canonical(self, zeta: Tensor) -> Tensor:
@@ -381,7 +394,8 @@ class CanonicalMap(_EqualByParameters, ABC):
     derivative_formula = "R'(zeta)"
     # A'(R(zeta)) as text, where it is simpler than that of A' and R.
     mean_formula = ""
-    widths: tuple[float, ...] = ()
+    # Whether the energy has a slope that jumps; `smoothed` then rounds that off.
+    has_kinks: bool = False
 
     def of(self, family: Family) -> "CanonicalMap":
         """Return the map for a family: this one, for most maps do not depend on it."""

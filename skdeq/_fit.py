@@ -12,6 +12,7 @@ from skdeq._hierarchy import HiddenLayer, has_one_solution
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, feature_variances, solve_latents
 from skdeq._loadings import KernelLoadings
+from skdeq._optimiser_state import forget_steps
 from skdeq._progress import Progress
 from skdeq._rotation import Moments, fix_signs
 from skdeq._scoring import Scoring, balance, telling_gain
@@ -329,10 +330,8 @@ class _Epochs:
         kept = self.setting.loadings.parameters(self.best[1])
         for one, old in zip(self._parameters, kept, strict=True):
             one.copy_(old)
-        self._optimiser.state.clear()
+        forget_steps(self._optimiser, 0.1)
         self._schedule.base_lrs = [0.1 * rate for rate in self._schedule.base_lrs]
-        for group in self._optimiser.param_groups:
-            group["lr"] *= 0.1
         # The latents that went with the others may be outside the domain of the family.
         self._last, self._latents = self.best[0], self.best[1].latents.clone()
 

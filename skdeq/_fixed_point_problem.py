@@ -115,8 +115,14 @@ class FixedPointProblem(Protocol):
         It is that of `step` where nothing is known of the curvature.
         """
 
-    def derivatives(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,)."""
+    def derivatives(
+        self, z: Tensor, rows: Tensor, observed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Objective (m,), gradient (m, r), Hessian (m, r, r) and scaled residual (m,).
+
+        The Hessian is one that Newton's method can use, or with ``observed`` the second
+        derivatives themselves, definite or not.
+        """
 
     def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
         """Scaled residual (m,) at ``z - step``, where there are kinks.

@@ -27,7 +27,7 @@ _MOST_STEPS = 20
 
 def objective_of(setting: Setting, model: LatentModel) -> float:
     """Mean objective of a model and its latents, with kinks as they are."""
-    return mean_objective(setting.unrounded(), setting.loadings.parameters(model), model.latents)
+    return mean_objective(setting.smoothed(0.0), setting.loadings.parameters(model), model.latents)
 
 
 def descend(

@@ -204,7 +204,7 @@ class HeadTrainer:
         of_intercept, of_loadings = ((one, last[id(one)]) for one in (layer.intercept, loadings))
         own, shared = ([], [of_loadings]) if tied else ([of_loadings], [])
         with torch.no_grad():
-            shorten(layer.family, of_intercept[1], of_intercept, *own, shared=shared)
+            shorten(layer.family, of_intercept[1], [of_intercept, *own], shared)
 
     def check_last_step(self) -> bool:
         """Take the last step of all back if it went astray; return whether it did not."""

@@ -29,6 +29,7 @@ from skdeq.families import Gaussian
 __all__ = [
     "HiddenLayer",
     "HierarchyProblem",
+    "has_kinks",
     "has_one_solution",
     "hidden_energies",
     "hidden_gradients",
@@ -72,6 +73,11 @@ def layer_family(hidden_map: CanonicalMap) -> Family:
 def has_one_solution(family: Family, upper: Sized) -> bool:
     """Whether the latents of a row are the one solution of a convex problem."""
     return family.is_convex and not len(upper)
+
+
+def has_kinks(family: Family, upper: Sized, hidden_map: CanonicalMap) -> bool:
+    """Whether the energy of a row has kinks, rounded off or not."""
+    return family.has_kinks or (len(upper) > 0 and hidden_map.has_kinks)
 
 
 def split_layers(latents: Tensor, upper: tuple[HiddenLayer, ...]) -> list[Tensor]:
@@ -264,7 +270,7 @@ class HierarchyProblem:
     @property
     def has_kinks(self) -> bool:
         """Whether a map has kinks, rounded off or not."""
-        return self.bottom.has_kinks or bool(self.hidden_map.widths)
+        return has_kinks(self.bottom.family, self.upper, self.hidden_map)
 
     def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
         """Scaled residual of each row at ``z - step``, its predictors moved from those at z."""

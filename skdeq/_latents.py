@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skdeq._canonical import TRAINING_WIDTH, WIDTHS
 from skdeq._chunks import map_chunks, sum_chunks
 from skdeq._fixed_point_problem import OF_ROWS
-from skdeq._hierarchy import HierarchyProblem
+from skdeq._hierarchy import HierarchyProblem, has_kinks
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import better_of, first_latents
 from skdeq._map_problem import MapProblem
@@ -115,6 +116,8 @@ class _Plan:
             curvature = torch.full_like(model.intercept, bound)
         elif callable(curvature):
             curvature = curvature()
+        if curvature is not None:
+            curvature = curvature.to(model.loadings.dtype)
         return latent_problem(setting, model, curvature, shared_map=self.is_bounded)
 
     def chunk_rows(self, problem: MapProblem | HierarchyProblem) -> int:
@@ -218,30 +221,28 @@ def solve_latents(
         ``start``, with four components or more in one layer whose rows have one solution. All else
         starts from zero, which is inside any domain.
     rounded : bool
-        Whether the kinks of the maps are left as round as in training, which is what its steps
-        want, at a small part of the cost of latents that are exact.
+        Whether the kinks of the maps are left as round as ``setting`` has them for training,
+        which is what its steps want, at a small part of the cost of latents that are exact.
 
     Returns
     -------
     FixedPointResult
     """
-    loadings = model.loadings
-    kinks = setting.family.widths or (setting.hidden_map.widths if model.upper else ())
-    stages = kinks[1:]
+    dtype = model.loadings.dtype
+    kinked = has_kinks(setting.family, model.upper, setting.hidden_map)
+    stages: tuple[float, ...] = WIDTHS if kinked else ()
     if rounded:
-        setting = setting.rounded_off()
         # Rows that start somewhere have come through the wider ones.
-        stages = () if start is not None else tuple(one for one in stages if one >= kinks[0])
-    elif kinks and loadings.dtype != torch.float64:
+        stages = tuple(one for one in stages if start is None and one >= TRAINING_WIDTH)
+    elif kinked and dtype != torch.float64:
         # Next to a kink float32 cannot tell the sides apart.
-        wide = None if start is None else start.double()
-        result = solve_latents(setting.double(), model.to(torch.float64), solver, start=wide)
-        return result.to(loadings.dtype)
+        setting, model = setting.double(), model.to(torch.float64)
+        start = None if start is None else start.double()
     plan = _Plan.of(setting, model, solver, stages)
     problem = plan.problem(setting, model, curvature)
     if plan.solver.starts_from_zero:
         start_map = None
-    zero = loadings.new_zeros(problem.n_rows, problem.r)
+    zero = model.loadings.new_zeros(problem.n_rows, problem.r)
     begin = first_latents(problem, setting, zero, start, check_start, start_map)
     batch_rows = problem.hessian_rows()
 
@@ -252,7 +253,7 @@ def solve_latents(
     joined: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in OF_ROWS
     }
-    return FixedPointResult(**joined)
+    return FixedPointResult(**joined).to(dtype)
 
 
 def feature_variances(setting: Setting, model: LatentModel) -> Tensor:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from skdeq._canonical import WIDTHS
 from skdeq._chunks import parallel_chunks
 from skdeq._family import CanonicalMap, Family
 from skdeq._fixed_point_problem import FixedPointResult
@@ -30,7 +30,8 @@ from skdeq.implicit import attach_factored, attach_solver, factored
 
 __all__ = ["Equilibrium"]
 
-_Kinked = TypeVar("_Kinked", Family, CanonicalMap)
+# Width of the kinks of the energy whose stationary points the solver finds.
+_WIDTH = WIDTHS[-1]
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,7 @@ class Equilibrium:
         """
         if not len(latents):
             return latents.new_zeros(0, latents.shape[1], latents.shape[1]), None
-        setting = replace(
-            self._setting, family=_smooth(self.family), hidden_map=_smooth(self.hidden_map)
-        )
-        problem = latent_problem(setting, self._model)
+        problem = latent_problem(self._setting.smoothed(_WIDTH), self._model)
         rows = torch.arange(len(latents), device=latents.device)
         objective, gradient, hessian, _ = problem.derivatives(latents, rows)
         # What is no number in a Hessian is none on its diagonal.
@@ -212,7 +210,7 @@ class Equilibrium:
 
     def _gradient(self, latents: Tensor, beyond: Tensor | None) -> Tensor:
         """Gradient of the energy in the latents, differentiable in all else."""
-        family, upper = _smooth(self.family), self.upper
+        family, upper = self.family.smoothed(_WIDTH), self.upper
         parts = split_layers(latents, upper)
         predictor = torch.addmm(self.intercept, parts[0], self.loadings.T)
         if self.offset is not None:
@@ -232,14 +230,9 @@ class Equilibrium:
         gradient = slope @ self.loadings + self.alpha * parts[0]
         if not upper:
             return gradient if beyond is None else torch.where(beyond, 0.0, gradient)
-        hidden = layer_family(_smooth(self.hidden_map))
+        hidden = layer_family(self.hidden_map.smoothed(_WIDTH))
         energies = hidden_energies(parts, upper, hidden)
         above = hidden_gradients(parts, upper, hidden, energies)
         above[0] = above[0] + gradient / self.alpha
         joint = self.alpha * torch.cat(above, dim=1)
         return joint if beyond is None else torch.where(beyond, 0.0, joint)
-
-
-def _smooth(kinked: _Kinked) -> _Kinked:
-    """Return the family or map whose stationary points the solver finds."""
-    return kinked.smoothed(kinked.widths[-1]) if kinked.widths else kinked

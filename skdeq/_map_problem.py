@@ -162,8 +162,7 @@ class MapProblem:
 
     def smooth(self, width: float) -> None:
         """Round off the kinks of the canonical map, if it has any."""
-        if self.family.widths:
-            self.family = self.family.smoothed(width)
+        self.family = self.family.smoothed(width)
 
     def mean_at_zero(self) -> Tensor:
         """Sum A'(o) D over the entries of a row at zero, (r,), where it is that of every row."""
@@ -319,7 +318,7 @@ class MapProblem:
     @property
     def has_kinks(self) -> bool:
         """Whether the canonical map has kinks, rounded off or not."""
-        return bool(self.family.widths)
+        return self.family.has_kinks
 
     def residual_after(self, z: Tensor, step: Tensor, rows: Tensor) -> Tensor:
         """Scaled residual of each row at ``z - step``, its predictors moved from those at z."""
@@ -356,15 +355,14 @@ class MapProblem:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Objective, gradient, Hessian and scaled residual of each row.
 
-        The Hessian is the observed one where the problem is convex or that is positive definite
-        anyway, or if ``observed``; elsewhere, and for the residual of such problems, the expected
-        one.
+        The Hessian, and the curvature that scales the residual, is the observed one where the
+        problem is convex, or if ``observed``. Elsewhere the residual is scaled by the expected
+        one, and the Hessian is the observed one where that is positive definite.
         """
-        if self.family.is_convex:
+        if observed or self.family.is_convex:
             return self.derivatives_of_kind(z, rows, observed=True)
         value, gradient, hessian, residual = self.derivatives_of_kind(z, rows, observed=False)
-        exact = self.observed_hessian(z, rows)
-        hessian = exact if observed else usable_hessian(exact, hessian)
+        hessian = usable_hessian(self.observed_hessian(z, rows), hessian)
         return value, gradient, hessian, residual
 
     def derivatives_of_kind(

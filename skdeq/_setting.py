@@ -1,7 +1,6 @@
 """What is given of a model, and the problems that its two halves are."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -97,21 +96,11 @@ class Setting:
             return model
         return replace(model, intercept=(model.intercept + self.origin).to(model.intercept))
 
-    def rounded_off(self) -> "Setting":
-        """Return the same with the kinks of its maps as smooth as in training."""
-        return self._with_widths(lambda widths: widths[0])
-
-    def unrounded(self) -> "Setting":
-        """Return the same with the kinks of its maps as they are."""
-        return self._with_widths(lambda widths: 0.0)
-
-    def _with_widths(self, width: Callable[[tuple[float, ...]], float]) -> "Setting":
-        family, hidden = self.family, self.hidden_map
-        if family.widths:
-            family = family.smoothed(width(family.widths))
-        if hidden.widths:
-            hidden = hidden.smoothed(width(hidden.widths))
-        return replace(self, family=family, hidden_map=hidden)
+    def smoothed(self, width: float) -> "Setting":
+        """Return the same with the kinks of its maps rounded off over a width; 0 is not at all."""
+        return replace(
+            self, family=self.family.smoothed(width), hidden_map=self.hidden_map.smoothed(width)
+        )
 
     def double(self) -> "Setting":
         """Return the same in float64."""

@@ -5,7 +5,6 @@ derivative of the latents: they minimise the very term that depends on them.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +106,9 @@ def solve_and_step(
     optimiser: torch.optim.Optimizer,
     solver: LatentSolver,
     share: float = 1.0,
-    **fixed_point: Any,
+    *,
+    start: Tensor | None = None,
+    curvature: Tensor | None = None,
 ) -> tuple[FixedPointResult, float]:
     """Solve the latents of a batch and move ``parameters`` by one step.
 
@@ -124,18 +125,22 @@ def solve_and_step(
     solver : LatentSolver
     share : float
         Weight of the batch in units of the mean weight of all batches.
-    **fixed_point
-        Passed to :func:`~skdeq._latents.solve_latents`.
+    start : Tensor of shape (n, k), optional
+        Where the latents start; by default from zero.
+    curvature : Tensor of shape (p,), optional
+        As :func:`~skdeq._latents.solve_latents` wants it.
     """
     before = [one.clone() for one in parameters]
     model = setting.loadings.model(before)
-    solution = solve_latents(setting, model, solver, rounded=True, **fixed_point)
+    solution = solve_latents(
+        setting, model, solver, start=start, curvature=curvature, rounded=True
+    )
     gradients, objective = envelope_gradient(setting, parameters, solution.value)
     for one, gradient in zip(parameters, gradients, strict=True):
         one.grad = torch.nan_to_num(share * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     optimiser.step()
     pairs, own = list(zip(parameters, before, strict=True)), setting.loadings.own
-    shorten(setting.family, model.intercept, pairs[own], shared=pairs[:own])
+    shorten(setting.family, model.intercept, [pairs[own]], pairs[:own])
     hold(setting, parameters)
     if not setting.family.domain.is_real_line:
         for _ in range(_MAX_HALVINGS):
@@ -152,8 +157,8 @@ def solve_and_step(
 def shorten(
     family: Family,
     intercept: Tensor,
-    *own: tuple[Tensor, Tensor],
-    shared: Sequence[tuple[Tensor, Tensor]] = (),
+    own: Sequence[tuple[Tensor, Tensor]],
+    shared: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
     """Shorten, in place, a step of the parameters next to the data whose family has an end.
 
@@ -166,7 +171,7 @@ def shorten(
     family : Family
     intercept : Tensor of shape (p,)
         Before the step.
-    *own : pair of Tensor of shape (p,) or (p, ...)
+    own : sequence of pairs of Tensor of shape (p,) or (p, ...)
         Parameters of each feature, after and before it.
     shared : sequence of pairs of Tensor
         Those that serve all features, as kernels do.

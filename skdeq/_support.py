@@ -23,37 +23,44 @@ def within_support(estimator, X, family: Family):
         large for sums of squares.
     """
     values = stored_values(X)
-    bad = _first_outside(values, family)
+    ends = _ends(values)
+    bad = _first_outside(values, ends, family)
     if bad is not None:
         values = _unrounded(values, family)
         X = _with_values(X, values)
-        bad = _first_outside(values, family)
+        ends = _ends(values)
+        bad = _first_outside(values, ends, family)
     if bad is not None:
         row, column = place_of(X, bad[0]) if sp.issparse(X) else bad
         _refuse(estimator, family, row, column, float(values[bad]))
     if sp.issparse(X):
         _check_zeros(estimator, X, family)
-    _check_size(X, family)
+    _check_size(values, ends, X.shape[0] * X.shape[1], family)
     return X
 
 
-def _per_chunk(X: Tensor, function) -> Tensor:
-    """Results of a function of some rows, stacked; nothing waits for a device in between."""
-    size = chunk_rows(X)
-    return torch.stack(
-        map_chunks(lambda start, stop: function(X[start:stop]), len(X), size, X.device)
-    )
+def _ends(values: Tensor, *, with_gaps: bool = True) -> Tensor:
+    """Least and largest value of each chunk of rows; NaN, unless gaps are left out, if it has any.
+
+    Nothing waits for a device in between.
+    """
+
+    def work(start: int, stop: int) -> Tensor:
+        rows = values[start:stop]
+        return torch.stack(torch.aminmax(rows if with_gaps else rows.nan_to_num(0.0)))
+
+    if not values.numel():
+        return values.new_empty(0, 2)
+    return torch.stack(map_chunks(work, len(values), chunk_rows(values), values.device))
 
 
-def _check_size(X, family: Family) -> None:
+def _check_size(values: Tensor, ends: Tensor, entries: int, family: Family) -> None:
     """Refuse finite values whose sums of squares overflow."""
-    values = stored_values(X)
     if not values.numel() or np.isfinite(family.support.high - family.support.low):
         return
-    limit = (torch.finfo(values.dtype).max / max(X.shape[0] * X.shape[1], 1e6)) ** 0.5
-    ends = _per_chunk(values, lambda rows: torch.stack(torch.aminmax(rows)))
+    limit = (torch.finfo(values.dtype).max / max(entries, 1e6)) ** 0.5
     if bool(torch.isnan(ends).any()):
-        ends = _per_chunk(values, lambda rows: torch.stack(torch.aminmax(rows.nan_to_num(0.0))))
+        ends = _ends(values, with_gaps=False)
     largest = float(ends.abs().max())
     if largest > limit:
         name = "float32" if values.dtype == torch.float32 else "float64"
@@ -81,10 +88,7 @@ def _with_values(X, values: Tensor):
     return type(X)(parts, shape=X.shape)
 
 
-def _first_outside(X: Tensor, family: Family) -> tuple[int, int] | None:
-    if not X.numel():
-        return None
-    ends = _per_chunk(X, lambda rows: torch.stack(torch.aminmax(rows)))
+def _first_outside(X: Tensor, ends: Tensor, family: Family) -> tuple[int, int] | None:
     # Chunks whose extremes are outside the support, or NaN.
     inside = torch.isfinite(ends) & family.support.contains(ends)
     suspicious = (~inside.all(1)).nonzero().squeeze(1)

@@ -118,13 +118,19 @@ def get_hidden_map(hidden_map: str | CanonicalMap) -> CanonicalMap:
     Raises
     ------
     TypeError, ValueError
-        For anything else, and for the log link, which is for data.
+        For anything else, for the log link, which is for data, and for a mask other than that of
+        the model, with which there is no joint density of the layers.
     """
     found = _look_up(hidden_map, CanonicalMap, CANONICAL_MAPS, "hidden map")
     if isinstance(found, LogLink):
         raise ValueError(
             "hidden_map cannot be the log link, which is for counts and positive amounts; hidden "
             "latents are real numbers."
+        )
+    if found.exact != found:
+        raise ValueError(
+            f"hidden_map={found!r} is not a map of the model: with such a mask the layers have no "
+            f"joint density. Use {found.exact!r}, or the mask in the canonical map."
         )
     return found
 

@@ -18,7 +18,7 @@ from skdeq._base import to_numpy, to_tensor
 from skdeq._chunks import parallel_chunks
 from skdeq._expfam_deq import ExpFamilyDEQ
 from skdeq._typing import MatrixLike, RandomState, VectorLike
-from skdeq._validation import check_observations, weighted_rows
+from skdeq._validation import check_columns, check_observations, weighted_rows
 
 __all__ = ["entrywise_cross_val_score"]
 
@@ -110,14 +110,17 @@ def entrywise_cross_val_score(
         )
     estimator = clone(estimator)
     X = check_observations(estimator, X, estimator._family().exact, reset=True)
+    n_given = X.shape[0]
     sample_weight, X = weighted_rows(sample_weight, X)
+    if X.shape[0] < n_given:
+        check_columns(estimator, X, "rows of positive weight")
     X = to_tensor(X.toarray()) if sp.issparse(X) else X.contiguous()
     observed = torch.isnan(X).logical_not_().flatten().nonzero().squeeze(1)
     if isinstance(cv, numbers.Integral):
         cv = KFold(int(cv), shuffle=True, random_state=random_state)
     places = to_numpy(observed)
     splits = [places[held] for _, held in check_cv(cv).split(places)]
-    n_observed = np.bincount(places % X.shape[1])
+    n_observed = np.bincount(places % X.shape[1], minlength=X.shape[1])
     for number, held in enumerate(splits):
         _check_split(held, n_observed, number)
     scores = Parallel(n_jobs=n_jobs)(

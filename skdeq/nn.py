@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from skdeq._canonical import through
 from skdeq._convolution import Convolution
-from skdeq._hierarchy import HiddenLayer, has_one_solution, split_layers
+from skdeq._hierarchy import HiddenLayer, has_kinks, has_one_solution, split_layers
 from skdeq._inside import predictors_inside
 from skdeq._latents import LatentSolver
 from skdeq._layer_checks import (
@@ -186,7 +186,7 @@ class EquilibriumLayer(nn.Module):
 
     @property
     def _has_kinks(self) -> bool:
-        return bool(self.family.widths or (len(self.hidden_loadings) and self.hidden_map.widths))
+        return has_kinks(self.family, self.hidden_loadings, self.hidden_map)
 
     @property
     def is_convex(self) -> bool:

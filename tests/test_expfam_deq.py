@@ -1,5 +1,6 @@
 """ExpFamilyDEQ against PCA, ridge GLMs and the normal law; data of every kind."""
 
+import copy
 import functools
 import pickle
 import subprocess
@@ -28,7 +29,7 @@ from sklearn.utils import get_tags
 
 import skdeq._expfam_base as expfam_base
 from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
-from skdeq.families import Binomial, get_family
+from skdeq.families import Binomial, Poisson, get_family
 
 # Options that take a fit to its optimum, for comparisons to many digits.
 TIGHT = {"tol": 1e-14, "max_iter": 3000, "fixed_point_tol": 1e-12, "random_state": 0}
@@ -952,9 +953,9 @@ def test_not_converged_is_one_warning_that_says_what_to_do():
 def test_pickles_and_clones():
     X = sample("poisson")
     deq = ExpFamilyDEQ(2, family=Binomial(n_trials=50), random_state=0).fit(X)
-    for copy in (pickle.loads(pickle.dumps(deq)), joblib.hash(deq) and clone(deq).fit(X)):
-        assert copy.family == Binomial(n_trials=50)
-        np.testing.assert_array_equal(copy.transform(X), deq.transform(X))
+    for other in (pickle.loads(pickle.dumps(deq)), joblib.hash(deq) and clone(deq).fit(X)):
+        assert other.family == Binomial(n_trials=50)
+        np.testing.assert_array_equal(other.transform(X), deq.transform(X))
     # Nothing of the training data, and no tensor, goes along.
     assert not any(isinstance(value, torch.Tensor) for value in vars(deq).values())
     big = model().fit(sample("poisson", n=4000))
@@ -1323,6 +1324,19 @@ def test_another_law_than_was_fitted_is_refused(fitted_with, asked):
     np.testing.assert_array_equal(model.transform(X), before)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_rows_through_a_kink_take_as_many_iterations_in_float32():
+    rng = np.random.default_rng(0)
+    means = 3 * np.maximum(rng.normal(size=(100, 3)) @ rng.normal(size=(3, 20)) + 1, 0)
+    X = (means + rng.normal(size=means.shape)).astype(np.float32)
+    model = ExpFamilyDEQ(3, canonical_map="relu", max_iter=5, random_state=0).fit(X)
+    model.set_params(fixed_point="anderson")
+    wide, narrow = model.map_latents(X.astype(float)), model.map_latents(X)
+    # Without the curvature of the fit it takes half as many again.
+    assert narrow.n_iter.mean() < 1.1 * wide.n_iter.mean()
+    assert narrow.converged.sum() >= wide.converged.sum()
+
+
 def clamped(x, least):
     return torch.clamp(x, min=least)
 
@@ -1339,6 +1353,56 @@ def test_a_family_with_helpers_that_equal_no_copy_is_the_one_that_was_fitted():
     expected = model.transform(X)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).transform(X), expected)
     assert model.partial_fit(X).n_iter_ > 1
+
+
+class Shaped(Poisson):
+    """Counts with another statistic, whose function is a parameter."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def sufficient(self, x):
+        return torch.as_tensor(self.shape(x.detach()), dtype=x.dtype)
+
+    def log_base(self, x):
+        return -torch.lgamma(x + 1)
+
+
+class Power(torch.nn.Module):
+    def __init__(self, exponent):
+        super().__init__()
+        self.exponent = torch.nn.Parameter(torch.tensor([exponent, 1.0]))
+
+    def forward(self, x):
+        return (x ** self.exponent.prod()).detach()
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [
+        (np.log1p, np.sqrt),
+        (functools.partial(clamped, least=0.5), functools.partial(clamped, least=1.5)),
+        (Power(0.5), Power(0.7)),
+    ],
+)
+def test_laws_with_other_functions_are_other_laws(shape, other):
+    X = sample("poisson")
+    model = ExpFamilyDEQ(2, family=Shaped(shape), max_iter=2, tol=1.0, random_state=0).fit(X)
+    expected = model.transform(X)
+    np.testing.assert_array_equal(copy.deepcopy(model).transform(X), expected)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).transform(X), expected)
+    with pytest.raises(ValueError, match="was not fitted with family="):
+        model.set_params(family=Shaped(other)).transform(X)
+
+
+def test_a_law_that_holds_itself_is_compared_with_its_copies():
+    class Helper:
+        pass
+
+    family = Shaped(np.log1p)
+    family.helper = Helper()
+    family.helper.owner = family
+    assert copy.deepcopy(family) == family
 
 
 def test_only_what_was_fitted_says_which_parameters_of_the_law_count():

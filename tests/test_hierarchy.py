@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 
 from skdeq import DEQClassifier, ExpFamilyDEQ
+from skdeq._canonical import TRAINING_WIDTH
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents
 from skdeq._observations import Observations
@@ -163,7 +164,7 @@ def test_envelope_gradient_is_that_of_the_minimised_objective(hidden_map):
         weight_decay=0.2,
         sample_weight=torch.from_numpy(rng.uniform(0.5, 2, size=12)),
         hidden_map=get_canonical_map(hidden_map),
-    ).rounded_off()
+    ).smoothed(TRAINING_WIDTH)
     matrices = [torch.from_numpy(rng.normal(size=shape)) for shape in ((6, 5), (4, 4), (3, 3))]
 
     def solve(start=None):

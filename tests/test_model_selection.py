@@ -220,6 +220,15 @@ def test_says_what_is_wrong():
         entrywise_cross_val_score(model, X, sample_weight=np.ones(3))
 
 
+@pytest.mark.parametrize("column", [0, 4])
+def test_a_column_that_only_rows_without_weight_have_is_named(column):
+    X, weight = sample("poisson", n=40, p=5), np.ones(40)
+    weight[:5], X[5:, column] = 0.0, np.nan
+    model = ExpFamilyDEQ(1, family="poisson")
+    with pytest.raises(ValueError, match=f"Column {column} of X .* 35 rows of positive weight"):
+        entrywise_cross_val_score(model, X, sample_weight=weight)
+
+
 def test_a_column_of_one_observation_may_not_be_held_out():
     X = sample("poisson", n=40, p=5)
     X[1:, 4] = np.nan

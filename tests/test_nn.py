@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from skdeq import ExpFamilyDEQ
-from skdeq.families import Binomial, CanonicalMap, Interval, get_family
+from skdeq.families import Binomial, CanonicalMap, Interval, ReLU, get_family
 from skdeq.implicit import attach_gradient
 from skdeq.nn import EquilibriumLayer
 
@@ -616,6 +616,13 @@ def test_a_new_layer_does_not_start_on_a_kink(options, family):
     assert (z != 0).any(1).sum() > 15
     z.sum().backward()
     assert max(float(one.grad.abs().max()) for one in layer.parameters()) < 1e3
+
+
+@pytest.mark.parametrize("mask", ["off", "inputs"])
+def test_layers_above_have_the_mask_of_the_model_alone(mask):
+    with pytest.raises(ValueError, match=r"no joint density\. Use ReLU\(mask='latents'\)"):
+        EquilibriumLayer(10, 2, hidden_layer_sizes=(4,), hidden_map=ReLU(mask))
+    EquilibriumLayer(10, 2, hidden_layer_sizes=(4,), hidden_map=ReLU())
 
 
 def test_float32_tells_the_sides_of_a_kink_apart():
