@@ -29,7 +29,13 @@ from skdeq._encoder_fit import (
 from skdeq._encoding import distance_variances, encode
 from skdeq._precondition import Preconditioner, RowBatches, fit_preconditioner
 from skdeq._progress import Progress
-from skdeq._validation import check_rows, check_stream_type, refuse_changes, weighted_rows
+from skdeq._validation import (
+    check_rows,
+    check_stream_type,
+    refuse_changes,
+    refuse_other_law,
+    weighted_rows,
+)
 from skdeq._warn import warn, warn_of_convergence
 from skdeq.objectives import ACTIVATIONS, Activation, ObjectiveWeights, PairActivation
 
@@ -48,12 +54,15 @@ class EncoderBase(BaseEstimator):
 
     def _changes(self) -> dict[str, tuple[Any, Any]]:
         """Parameters that ask for other components than there are: what they are, and were."""
-        changes: dict[str, tuple[Any, Any]] = {}
-        if self._activation() != _activation_of(self._trained_activation):
-            changes["activation"] = (self.activation, self._trained_activation)
+        changes = self._changed_law()
         if self.n_components != len(self.components_):
             changes["n_components"] = (self.n_components, len(self.components_))
         return changes
+
+    def _changed_law(self) -> dict[str, tuple[Any, Any]]:
+        if self._activation() == _activation_of(self._trained_activation):
+            return {}
+        return {"activation": (self.activation, self._trained_activation)}
 
     def _objective_weights(self) -> ObjectiveWeights:
         return ObjectiveWeights(
@@ -240,6 +249,7 @@ class EncoderBase(BaseEstimator):
             warn_of_convergence(" ".join(sentences))
 
     def _encode(self, rows, device: torch.device) -> torch.Tensor:
+        refuse_other_law(self, self._changed_law())
         components, intercept = to_tensor(self.components_), to_tensor(self.intercept_)
         return encode(rows, components, intercept, self._activation(), device)
 

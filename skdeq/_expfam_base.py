@@ -12,10 +12,7 @@ from skdeq._canonical import TRAINING_WIDTH
 from skdeq._data import far_means, has_short_digits, log_base_rows, rows_of
 from skdeq._end_columns import EndColumns, end_columns, ends_at_infinity
 from skdeq._expfam_fitted import FittedLatents, predictor_of, top_latents
-from skdeq._expfam_layout import (
-    changed_parameters,
-    parameters_of_the_model,
-)
+from skdeq._expfam_layout import changed_parameters, parameters_of_the_fit
 from skdeq._explained_deviance import NEXT_TO_NOTHING, explained_deviance
 from skdeq._family import Family
 from skdeq._family_checks import check_parts
@@ -52,6 +49,8 @@ __all__ = ["LatentVariableEstimator"]
 
 # Predictors, which are logits or logarithms, that only a model without an optimum comes to.
 _ENDLESS = 100.0
+# Prior precisions that float32 data are worked on in float32 with, and one over them.
+_MOST_PRECISE = 1e6
 
 
 def _may_be_endless(family: Family) -> bool:
@@ -83,7 +82,9 @@ class LatentVariableEstimator(FittedLatents):
             if X.shape[0] < n_given:
                 check_columns(self, X, "rows of positive weight")
             warn_of_ends(X, family)
-            self._in_double = has_short_digits(X, family)
+            # Latents of a scale so far from one leave float32 no digits for the objective.
+            far = not 1 / _MOST_PRECISE <= self.alpha <= _MOST_PRECISE
+            self._in_double = far or has_short_digits(X, family)
             self._origin = far_means(X, family, sample_weight)
         X = self._moved(X)
         profile = None if reset else self._exposure_profile
@@ -115,7 +116,7 @@ class LatentVariableEstimator(FittedLatents):
             estimator._exposure_profile, estimator._adam = profile, []
             estimator._n_batches = 0
             estimator._ends = asdict(ends)
-            estimator._fitted_as = parameters_of_the_model(estimator.get_params(deep=False))
+            estimator._fitted_as = parameters_of_the_fit(estimator.get_params(deep=False))
 
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
@@ -158,9 +159,15 @@ class LatentVariableEstimator(FittedLatents):
         elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
             what = (
                 f"The components of {name} explain less than none: the deviance is larger than "
-                f"that of the intercept alone. With {penalties} the fit has gone too far out; "
-                "raise them."
+                "that of the intercept alone. "
             )
+            if self._hidden():
+                what += (
+                    "Next to the data latents are not where the top layer expects them: take "
+                    "another hidden_map or weight_decay, or fewer layers."
+                )
+            else:
+                what += f"With {penalties} the fit has gone too far out; raise them."
         elif not self.converged_ and not stopped and self.n_iter_ < self.max_iter:
             is_narrow = self.components_.dtype == np.float32 and not self._in_double
             digits = "float64 data have more digits to go by; or raise" if is_narrow else "raise"

@@ -168,7 +168,8 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         "newton" for the rows it does not solve.
 
     fixed_point_max_iter : int, default=50
-        Iterations of that solver.
+        Iterations of that solver, at most; through a map with kinks, for each of the widths over
+        which they are rounded off in turn. Of several minima of a row, fewer may find another.
 
     fixed_point_tol : float, default=1e-6
         A row is solved once the largest entry of ``|f(z) - z|``, in units of a diagonal Newton

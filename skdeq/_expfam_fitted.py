@@ -18,7 +18,7 @@ from skdeq._hierarchy import HiddenLayer, has_kinks, mean_from_top, split_layers
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents
 from skdeq._setting import Setting
-from skdeq._validation import check_observations
+from skdeq._validation import check_observations, refuse_other_law
 from skdeq._warn import warn_of_convergence
 from skdeq.families import Family
 from skdeq.fixed_point import SOLVERS, FixedPointResult
@@ -192,14 +192,8 @@ class FittedLatents(LatentLayout):
 
     def _check_law(self) -> None:
         """Refuse to apply a fitted model under another law than it was fitted with."""
-        changes = {}
         if self._fitted_as is not None:
-            changes = changed_law(self.get_params(deep=False), self._fitted_as)
-        for name, (asked, there) in changes.items():
-            raise ValueError(
-                f"{type(self).__name__} was not fitted with {name}={asked!r} but with {there!r}; "
-                "call fit again, or set it back."
-            )
+            refuse_other_law(self, changed_law(self.get_params(deep=False), self._fitted_as))
 
     def _codes(self, X) -> torch.Tensor:
         """MAP latents of rows, in their own type; warn of those that are not solved."""

@@ -15,7 +15,7 @@ from skdeq._family import CanonicalMap, Family
 from skdeq._loadings import FreeLoadings, KernelLoadings, Loadings
 from skdeq.families import get_canonical_map, get_family, get_hidden_map
 
-__all__ = ["LatentLayout", "changed_law", "changed_parameters", "parameters_of_the_model"]
+__all__ = ["LatentLayout", "changed_law", "changed_parameters", "parameters_of_the_fit"]
 
 
 def _as_tuple(value: Any) -> tuple:
@@ -56,8 +56,8 @@ _OF_THE_OPTIMUM: dict[str, Callable] = {**_OF_THE_MODEL, "weight_decay": _as_tup
 _OF_THE_SHAPES = ("n_components", "hidden_layer_sizes", "loadings")
 
 
-def parameters_of_the_model(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Copy those of an estimator's parameters that make another model."""
+def parameters_of_the_fit(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Copy those of an estimator's parameters that say what is fitted, to what optimum."""
     return {name: copy.deepcopy(parameters[name]) for name in _OF_THE_OPTIMUM}
 
 

@@ -13,6 +13,8 @@ __all__ = ["better_of", "first_latents", "fit_start_map"]
 
 # From this rank on a prediction of the latents costs less than the steps it saves.
 _LEAST_RANK_TO_PREDICT = 4
+# Predictors that a start has to come to for its objective to be looked at.
+_FAR = 100.0
 # Rows that the prediction is fitted to, at most.
 _PREDICTED_ROWS = 4096
 
@@ -92,7 +94,7 @@ def linear_start(problem: MapProblem, start_map: Tensor) -> Tensor:
     """
     design = problem.design
     if problem.scale_is_bounded:
-        return _predicted(start_map, _gradient_at_zero(problem))
+        return _checked_start(problem, _predicted(start_map, _gradient_at_zero(problem)))
 
     def work(low: int, high: int) -> Tensor:
         part, rows = problem.chunk(low, high), torch.arange(high - low, device=design.device)
@@ -111,13 +113,17 @@ def _predicted(start_map: Tensor, gradient: Tensor) -> Tensor:
 
 def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
     """Replace a start by zero in the rows that it would lead astray."""
-    if problem.scale_is_bounded:
-        return start
+    # Where the variance has a bound, nothing nearer does any harm.
+    least = _FAR if problem.scale_is_bounded else 0.0
 
     def work(low: int, high: int) -> Tensor:
-        part, rows = problem.chunk(low, high), torch.arange(high - low, device=start.device)
-        given, zero = start[low:high], torch.zeros_like(start[low:high])
-        return better_of(part, given, zero, rows, part.objective(zero, rows))
+        part, given = problem.chunk(low, high), start[low:high]
+        rows = (part.extent(given) > least).nonzero().squeeze(1)
+        if not len(rows):
+            return given
+        zero = torch.zeros_like(given[rows])
+        kept = better_of(part, given[rows], zero, rows, part.objective(zero, rows))
+        return given.index_copy(0, rows, kept)
 
     return torch.cat(map_chunks(work, problem.n_rows, problem.chunk_rows(), start.device))
 

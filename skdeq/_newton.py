@@ -289,15 +289,17 @@ def newton(
     rows = torch.arange(len(start), device=start.device)
     # Squared decrement before the last step, where that was a whole one.
     last = torch.full_like(residual, torch.inf)
+    # What no step may lead above. Far out the rounding of one point is an increase at another.
+    ceiling = torch.full_like(residual, torch.inf, dtype=torch.float64)
     again = start.shape[1] > _LEAST_RANK_TO_REPEAT
     while len(rows) and max_iter:
         z = value[rows]
         look = _Look(problem, z, rows)
         certain[rows] = look.systems.told_apart
         # Rows found solved here take the step they have paid for: it squares what error is left.
-        z, length = _safeguarded(
-            problem, z, look.step, look.gradient, look.objective, rows, look.rounding
-        )
+        ceiling[rows] = torch.minimum(ceiling[rows], look.objective + look.rounding)
+        slack = ceiling[rows] - look.objective
+        z, length = _safeguarded(problem, z, look.step, look.gradient, look.objective, rows, slack)
         # A whole step that gained nothing on the one before is down to what rounding leaves.
         near = look.decrement <= _NEAR + _NEAR_SHARE * look.objective.abs()
         stalled = near & (look.scaled <= tol) & (look.decrement >= _STALLED * last[rows])

@@ -33,6 +33,7 @@ __all__ = [
     "check_stream_type",
     "check_weights",
     "refuse_changes",
+    "refuse_other_law",
     "warn_of_ends",
     "weighted_rows",
 ]
@@ -194,6 +195,27 @@ def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
         raise ValueError(
             f"{name}={asked!r}, but partial_fit goes on with the model there is, of "
             f"{name}={there!r}; call fit to start anew."
+        )
+
+
+def refuse_other_law(estimator, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to apply a model under another law than it was fitted with.
+
+    Parameters
+    ----------
+    estimator : estimator
+    changes : dict
+        As :func:`refuse_changes` has them.
+
+    Raises
+    ------
+    ValueError
+        If there are changes; of one of them.
+    """
+    for name, (asked, there) in changes.items():
+        raise ValueError(
+            f"{type(estimator).__name__} was not fitted with {name}={asked!r} but with {there!r}; "
+            "call fit again, or set it back."
         )
 
 

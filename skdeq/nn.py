@@ -25,7 +25,7 @@ from skdeq._layer_checks import (
 )
 from skdeq._layer_equilibrium import Equilibrium
 from skdeq._size_factors import log_exposure
-from skdeq._warn import warn_of_convergence
+from skdeq._warn import warn, warn_of_convergence
 from skdeq.families import CanonicalMap, Family, get_canonical_map, get_family, get_hidden_map
 from skdeq.fixed_point import FixedPointResult
 
@@ -245,6 +245,8 @@ class EquilibriumLayer(nn.Module):
         -----
         ConvergenceWarning
             If rows are not solved.
+        RuntimeWarning
+            If ``x`` was computed with gradients and has NaN, which means missing.
         """
         latents, result = self._attached(x, start)
         self._warn_if_unsolved(result)
@@ -299,13 +301,23 @@ class EquilibriumLayer(nn.Module):
         check_type(loadings.dtype)
         if x.dim() != 2 or x.shape[1] != len(intercept):
             raise ValueError(f"x must have shape (n, {len(intercept)}); got {tuple(x.shape)}.")
+        is_computed = x.grad_fn is not None
         # Next to a kink float32 cannot tell the sides apart.
         working = torch.float64 if self._has_kinks else loadings.dtype
         x = x.to(working)
         profile, offset = self.exposure_profile, None
         is_missing = torch.isnan(x)
         gaps = bool(is_missing.any())
-        # One is in every support.
+        if gaps and is_computed:
+            rows = is_missing.any(1)
+            warn(
+                f"{int(rows.sum())} of {len(x)} rows that a network made for EquilibriumLayer "
+                f"have NaN, the first row {int(rows.int().argmax())}, and NaN means missing: a network "
+                "that has diverged goes unseen in the loss. If that is it, lower the learning "
+                "rate or clip gradients.",
+                RuntimeWarning,
+            )
+        # Any value will do: what comes of it is not used.
         statistic = self.family.sufficient(torch.where(is_missing, 1.0, x) if gaps else x)
         if gaps:
             statistic = torch.where(is_missing, 0.0, statistic)

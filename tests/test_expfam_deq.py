@@ -15,7 +15,7 @@ import torch
 from conftest import CUDA, FAMILY_OBJECTS, sample
 from numpy.testing import assert_allclose
 from scipy.optimize import minimize
-from scipy.special import logit
+from scipy.special import expit, logit
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -1322,6 +1322,48 @@ def test_another_law_than_was_fitted_is_refused(fitted_with, asked):
     # What does not enter the law may change.
     model.set_params(n_components=1, weight_decay=1.0, fixed_point_max_iter=60)
     np.testing.assert_array_equal(model.transform(X), before)
+
+
+def likely_binary(n_components, seed):
+    """Yes/no rows of rank two as float32, and a model with next to no penalties."""
+    rng = np.random.default_rng(seed)
+    predictors = 0.9 * rng.normal(size=(400, 2)) @ rng.normal(size=(2, 30))
+    X = (rng.random(predictors.shape) < expit(predictors)).astype(np.float32)
+    penalties = {"alpha": 1e-5, "weight_decay": 1e-5 / 400}
+    return X, ExpFamilyDEQ(n_components, family="bernoulli", random_state=0, **penalties)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n_components", [2, 3, 5])
+def test_float32_rows_never_end_above_where_they_started(n_components, seed):
+    # Far out the rounding of an objective is as large as that itself.
+    X, model = likely_binary(n_components, seed)
+    model.fit(X)
+
+    def objectives(latents):
+        eta = latents @ model.loadings_.T.astype(float) + model.intercept_.astype(float)
+        terms = np.logaddexp(0, eta) - X * eta
+        return terms.sum(1) + 0.5 * model.alpha * (latents**2).sum(1)
+
+    found = model.map_latents(X)
+    latents, solved = found.value.astype(float), found.converged
+    assert np.all(objectives(latents) <= objectives(0 * latents) * (1 + 1e-5))
+    exact = model.map_latents(X.astype(float)).value
+    assert solved.mean() > 0.95
+    # What rounding of the predictors, which are in the hundreds and more, comes to over a row.
+    assert_allclose(objectives(latents)[solved], objectives(exact)[solved], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("alpha", [1e-12, 1e-9, 1e9, 1e12])
+def test_only_the_product_of_the_penalties_counts_in_float32_too(alpha):
+    X = sample("poisson").astype(np.float32)
+    options = {"family": "poisson", "random_state": 0}
+    expected = ExpFamilyDEQ(2, alpha=1.0, weight_decay=0.03, **options).fit(X)
+    model = ExpFamilyDEQ(2, alpha=alpha, weight_decay=0.03 / alpha, **options).fit(X)
+    assert_allclose(model.loss_curve_[-1], expected.loss_curve_[-1], rtol=1e-4)
+    assert_allclose(model.score(X), expected.score(X), rtol=1e-4)
+    assert model.transform(X).dtype == model.loadings_.dtype == np.float32
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

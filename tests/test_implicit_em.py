@@ -815,6 +815,9 @@ def test_a_stream_goes_on_through_its_activation_alone():
     before = stream.components_
     with pytest.raises(ValueError, match=r"of activation='relu'; call fit to start anew"):
         stream.set_params(activation="abs").partial_fit(digits(100))
+    for method in (stream.transform, stream.score):
+        with pytest.raises(ValueError, match="was not fitted with activation='abs' but with 're"):
+            method(digits(100))
     np.testing.assert_array_equal(stream.components_, before)
     stream.set_params(activation="relu").partial_fit(digits(100))
 

@@ -618,6 +618,23 @@ def test_a_new_layer_does_not_start_on_a_kink(options, family):
     assert max(float(one.grad.abs().max()) for one in layer.parameters()) < 1e3
 
 
+def test_a_network_that_has_diverged_does_not_pass_for_missing_entries():
+    torch.manual_seed(0)
+    stem, layer = nn.Linear(4, 10), EquilibriumLayer(10, 2)
+    x = torch.randn(6, 4)
+    layer(stem(x))
+    gaps = torch.randn(6, 10)
+    gaps[3, 2] = torch.nan
+    layer(gaps)
+    layer(gaps.requires_grad_())
+    with pytest.warns(RuntimeWarning, match="1 of 6 rows .* NaN, the first row 3, and NaN means"):
+        layer(2 * gaps)
+    with torch.no_grad():
+        stem.weight[0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning, match="6 of 6 rows that a network made"):
+        layer(stem(x))
+
+
 @pytest.mark.parametrize("mask", ["off", "inputs"])
 def test_layers_above_have_the_mask_of_the_model_alone(mask):
     with pytest.raises(ValueError, match=r"no joint density\. Use ReLU\(mask='latents'\)"):
