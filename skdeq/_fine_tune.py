@@ -401,6 +401,9 @@ class DEQRegressor(ScoredOnHost, RegressorMixin, FineTuned):
         self._target_mean = np.asarray(mean * largest)
         self._target_scale = np.asarray(np.where(constant, 1.0, spread) * largest)
 
+    def _target_units(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._target_mean, self._target_scale
+
     def _knows(self, y) -> bool:
         return y.shape[1:] == self._target_mean.shape
 

@@ -321,10 +321,12 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
                 f"{lower}."
             )
         elif not converged:
+            early = ", or end where rows held out are predicted best, by early_stopping=True"
             warn_of_convergence(
                 f"{type(self).__name__} did not converge: within max_iter={self.max_iter} epochs "
                 f"the {watched} never stood still, to within tol={self.tol:g}, for "
-                f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol."
+                f"n_iter_no_change={self.n_iter_no_change} of them; increase max_iter or tol"
+                f"{'' if self.early_stopping else early}."
             )
 
     def _head_options(self, n_rows: int | None = None) -> HeadOptions:
@@ -394,6 +396,27 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         check_is_fitted(self)
         X = check_observations(self, X, get_family(self.backbone_.family), reset=False)
         return self._head()(self._latents(X, checked=True))
+
+    def to_module(self) -> torch.nn.Sequential:
+        """Return the network as a torch module, to go on with outside of scikit-learn.
+
+        Returns
+        -------
+        torch.nn.Sequential
+            The equilibrium layer, which here gives latents and not scores, and the head; location
+            and scale of latents and targets are in the weights. It returns the logits
+            (n, n_classes) of a classifier, in the order of `classes_`, or the predictions
+            (n, n_outputs) of a regressor, in the type of the backbone, on the CPU.
+        """
+        check_is_fitted(self)
+        layer = self.backbone_.to_module()
+        layer.rotation = None
+        head = self._head().modules(*self._target_units(), layer.loadings.dtype)
+        return torch.nn.Sequential(layer, *head)
+
+    def _target_units(self) -> tuple[np.ndarray, np.ndarray]:
+        """Location and scale that outputs have to be brought to; of logits none."""
+        return np.zeros(()), np.ones(())
 
     def _head(self) -> Head:
         return Head(self._centre, self._scale, self.coefs_, self.intercepts_)

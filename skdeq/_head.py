@@ -64,6 +64,35 @@ class Head:
         values = (latents - self.centre) / self.scale
         return outputs_of(values, self.coefs, self.intercepts).astype(latents.dtype)
 
+    def modules(
+        self, mean: np.ndarray, unit: np.ndarray, dtype: torch.dtype
+    ) -> list[torch.nn.Module]:
+        """Make torch modules of it that take latents as they are.
+
+        Parameters
+        ----------
+        mean, unit : ndarray of shape (n_outputs,) or ()
+            What outputs are multiplied by, and what is added then.
+        dtype : torch.dtype
+
+        Returns
+        -------
+        list of Linear and ReLU, in turn
+        """
+        coefs = [coef.astype(np.float64) for coef in self.coefs]
+        intercepts = [intercept.astype(np.float64) for intercept in self.intercepts]
+        coefs[0] = coefs[0] / self.scale[:, np.newaxis]
+        intercepts[0] = intercepts[0] - self.centre @ coefs[0]
+        coefs[-1], intercepts[-1] = coefs[-1] * unit, intercepts[-1] * unit + mean
+        made: list[torch.nn.Module] = []
+        for coef, intercept in zip(coefs, intercepts, strict=True):
+            # Its weights are not drawn, which would move torch's global generator.
+            linear = torch.nn.utils.skip_init(torch.nn.Linear, *coef.shape, dtype=dtype)
+            linear.weight.data.copy_(torch.from_numpy(coef.T))
+            linear.bias.data.copy_(torch.from_numpy(intercept))
+            made += [linear, torch.nn.ReLU()]
+        return made[:-1]
+
 
 def outputs_of(values: Values, coefs: list[Values], intercepts: list[Values]) -> Values:
     """Compute the outputs (n, n_outputs) of a ReLU network, of arrays or tensors (n, k)."""

@@ -312,8 +312,8 @@ class EquilibriumLayer(nn.Module):
             rows = is_missing.any(1)
             warn(
                 f"{int(rows.sum())} of {len(x)} rows that a network made for EquilibriumLayer "
-                f"have NaN, the first row {int(rows.int().argmax())}, and NaN means missing: a network "
-                "that has diverged goes unseen in the loss. If that is it, lower the learning "
+                f"have NaN, the first row {int(rows.int().argmax())}, and NaN means missing: that "
+                "a network has diverged goes unseen in the loss. If it has, lower the learning "
                 "rate or clip gradients.",
                 RuntimeWarning,
             )

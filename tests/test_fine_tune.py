@@ -187,6 +187,42 @@ def test_rows_of_minibatches_that_are_not_solved_are_not_warned_of():
         network.backbone_.to_module()(torch.from_numpy(X))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ({}, {}),
+        ({"exposure": "total"}, {"head_layer_sizes": (7, 5)}),
+        ({"whiten": True}, {"head_layer_sizes": (), "fine_tune": False}),
+        ({"hidden_layer_sizes": (4,), "max_iter": 5}, {}),
+    ],
+)
+def test_the_network_is_a_torch_module_as_well(backbone, options):
+    X, label, number = data()
+    X[::7, 2] = np.nan
+    backbone = ExpFamilyDEQ(2, family="poisson", random_state=0, **backbone)
+    options = {"max_iter": 3, "random_state": 0, **options}
+    rows = torch.from_numpy(X)
+    fitted = DEQClassifier(backbone, **options).fit(X, label)
+    before = torch.get_rng_state()
+    module = fitted.to_module()
+    assert torch.equal(torch.get_rng_state(), before)
+    probability = torch.softmax(module(rows), dim=1)
+    np.testing.assert_allclose(probability.detach(), fitted.predict_proba(X), rtol=1e-4)
+    targets = np.column_stack([1e4 * number + 1e5, number])
+    fitted = DEQRegressor(backbone, **options).fit(X, targets)
+    predicted = fitted.to_module()(rows)
+    np.testing.assert_allclose(predicted.detach(), fitted.predict(X), rtol=1e-4, atol=1e-4)
+    predicted.sum().backward()
+    narrow = DEQRegressor(backbone, **options).fit(X.astype(np.float32), number)
+    predicted = narrow.to_module()(rows.float())
+    assert predicted.dtype == torch.float32
+    np.testing.assert_allclose(
+        predicted[:, 0].detach(), narrow.predict(X.astype(np.float32)), rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(NotFittedError):
+        DEQClassifier().to_module()
+
+
 def test_the_first_loss_is_the_log_loss_of_the_network():
     X, label, _ = data()
     fitted = classifier(max_iter=1, batch_size=400, learning_rate=1e-9).fit(X, label)
