@@ -281,8 +281,8 @@ def _validated(estimator, X, dtypes: Sequence[type], *, reset: bool, min_rows: i
     with config_context(array_api_dispatch=False):
         try:
             X = validate_data(estimator, X, dtype=list(dtypes), order="C", **options)
-        except ValueError as error:
-            _refuse_text(estimator, X, error)
+        except (TypeError, ValueError) as error:
+            _refuse_what_is_no_number(estimator, X, error)
             raise
     if not sp.issparse(X):
         return to_tensor(X)
@@ -296,21 +296,26 @@ def _validated(estimator, X, dtypes: Sequence[type], *, reset: bool, min_rows: i
     return X
 
 
-def _refuse_text(estimator, X, error: ValueError) -> None:
-    """Say where the text is that could not be read as a number, if that was the error."""
-    if "could not convert string to float" not in str(error):
+def _refuse_what_is_no_number(estimator, X, error: TypeError | ValueError) -> None:
+    """Say where text or an object is that could not be read as a number, if that was the error."""
+    if isinstance(error, ValueError) and "could not convert string to float" not in str(error):
         return
     entries = np.asarray(X, dtype=object)
-    for place in np.ndindex(entries.shape):
+    if entries.ndim != 2:
+        return
+    for row, column in np.ndindex(entries.shape):
+        value = entries[row, column]
         try:
-            float(entries[place])
+            # A missing entry that is None is read as NaN.
+            float(np.nan if value is None else value)
         except (TypeError, ValueError):
-            if entries.ndim == 2 and isinstance(entries[place], str):
-                raise ValueError(
-                    f"{type(estimator).__name__} accepts numbers, and not text: row {place[0]}, "
-                    f"column {place[1]} of X is {entries[place]!r} (could not convert string to "
-                    "float). Encode such columns as numbers first, or leave them out."
-                ) from error
+            is_text = isinstance(value, str)
+            what = "text" if is_text else f"objects of type {type(value).__name__}"
+            raise (ValueError if is_text else TypeError)(
+                f"{type(estimator).__name__} accepts numbers, and not {what}: row {row}, column "
+                f"{column} of X is {value!r} ({error}). Encode such columns as numbers first, "
+                "with NaN for missing entries, or leave them out."
+            ) from error
 
 
 def _accepted(X: Tensor, dtypes: Sequence[type], name: str) -> Tensor:

@@ -87,6 +87,22 @@ def test_polars_frames_are_frames(estimator):
 
 
 @pytest.mark.parametrize("estimator", [ESTIMATORS[place] for place in (0, 4, 6, 7)])
+def test_says_where_an_entry_is_no_number(estimator):
+    pandas = pytest.importorskip("pandas")
+    X, y = np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 2
+    frame = pandas.DataFrame(X).astype(object)
+    frame.iloc[3, 1] = pandas.NA
+    with pytest.raises(TypeError, match="objects of type NAType: row 3, column 1 of X is <NA>"):
+        clone(estimator).fit(frame, y)
+    frame.iloc[3, 1] = "seven"
+    with pytest.raises(ValueError, match="and not text: row 3, column 1 of X is 'seven'"):
+        clone(estimator).fit(frame, y)
+    frame = pandas.DataFrame(X).assign(day=pandas.date_range("2020-01-01", periods=40))
+    with pytest.raises(TypeError, match="objects of type Timestamp: row 0, column 4 of X"):
+        clone(estimator).fit(frame, y)
+
+
+@pytest.mark.parametrize("estimator", [ESTIMATORS[place] for place in (0, 4, 6, 7)])
 def test_html_links_to_the_documentation(estimator):
     name = type(estimator).__name__
     page = f"generated/skdeq.{name}.html"
