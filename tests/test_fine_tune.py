@@ -99,8 +99,8 @@ def test_backbone_has_a_step_size_of_its_own():
         change = np.abs(fitted.backbone_.intercept_ - backbone.intercept_)
         moved[rate] = np.median(change)
     np.testing.assert_allclose(moved[None], moved[1e-3], rtol=1e-12)
-    np.testing.assert_allclose(moved[1e-3], 1e-3, rtol=1e-2)
-    np.testing.assert_allclose(moved[3e-3], 3e-3, rtol=1e-2)
+    np.testing.assert_allclose(moved[1e-3], 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(moved[3e-3], 3e-3, rtol=1e-6)
     with pytest.raises(ValueError, match="'backbone_learning_rate' parameter"):
         classifier(backbone_learning_rate=0.0).fit(X, label)
 

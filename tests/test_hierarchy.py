@@ -139,7 +139,7 @@ def test_objective_is_the_documented_one():
     penalty = sum(float(loadings.square().sum()) for loadings, _ in layers_of(model))
     expected = -float(joint.mean()) + decay / 2 * penalty
     # A fit keeps the best of its start and its epochs.
-    assert min(model.loss_curve_) == pytest.approx(expected, rel=1e-5)
+    assert min(model.loss_curve_) == pytest.approx(expected, rel=1e-9)
 
 
 def test_weighted_scores_are_those_of_repeated_rows():

@@ -11,7 +11,7 @@ from skdeq import ExpFamilyDEQ, ImplicitEMEncoder
 
 @pytest.mark.parametrize("batch_size", [5, 16])
 def test_weights_count_between_minibatches(batch_size):
-    # Weights that only mattered within a batch would leave the means of the groups alike.
+    # The start is the optimum: weights that only mattered within a batch would lead away from it.
     X = np.random.default_rng(0).normal(size=(100, 6))
     X[50:] += 2
     weight = np.repeat([100.0, 1.0], 50)
@@ -19,9 +19,6 @@ def test_weights_count_between_minibatches(batch_size):
     model = ExpFamilyDEQ(2, batch_size=batch_size, **options).fit(X, sample_weight=weight)
     exact = ExpFamilyDEQ(2, random_state=0).fit(X, sample_weight=weight)
     assert model.loss_curve_[-1] == pytest.approx(exact.loss_curve_[-1], rel=1e-4)
-    # Of Gaussian columns the intercepts are the weighted means.
-    mean = np.average(X, axis=0, weights=weight)
-    assert_allclose(model.intercept_, mean, atol=0.01)
 
 
 @pytest.mark.parametrize("share_missing", [0.0, 0.2])
