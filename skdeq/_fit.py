@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skdeq._balance import balance
+from skdeq._columns import first_loadings
 from skdeq._from_zero import descend, objective_of
 from skdeq._hierarchy import HiddenLayer, has_one_solution
 from skdeq._latent_model import LatentModel
@@ -15,11 +17,11 @@ from skdeq._loadings import KernelLoadings
 from skdeq._optimiser_state import forget_steps
 from skdeq._progress import Progress
 from skdeq._rotation import Moments, fix_signs
-from skdeq._scoring import Scoring, balance, telling_gain
+from skdeq._scoring import Scoring
 from skdeq._setting import Setting, hidden_setting, null_model
 from skdeq._spectral import spectral_start
 from skdeq._stochastic import hold, mean_objective, solve_and_step
-from skdeq._trace import MOST_LOST, UNTOLD, Trace
+from skdeq._trace import MOST_LOST, UNTOLD, Trace, telling_gain
 
 __all__ = ["FitOptions", "fit_full_batch", "fit_minibatches"]
 
@@ -139,7 +141,7 @@ def _first_layer(
 ) -> LatentModel:
     def begin(setting: Setting, on_link_scale: bool = False) -> LatentModel:
         latents = spectral_start(setting, intercept, k, generator, on_link_scale)
-        return Scoring(setting, 1, 0.0).begin(latents)
+        return first_loadings(setting, latents)
 
     if setting.family.variance_bound is not None:
         return begin(setting)

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import torch
 
+from skdeq._balance import balance
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, solve_latents
-from skdeq._scoring import Scoring, balance, telling_gain
+from skdeq._scoring import Scoring
 from skdeq._setting import Setting
 from skdeq._stochastic import mean_objective
+from skdeq._trace import telling_gain
 
 __all__ = ["descend", "objective_of"]
 

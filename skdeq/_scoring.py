@@ -6,24 +6,26 @@ Three things make the plain alternation fast:
   the variance of the family has a bound, one step with a curvature shared by all rows;
 * both blocks are extrapolated by Nesterov momentum, restarted when the objective rises;
 * after each iteration the latents are centred and balanced against the loadings in closed form
-  (:func:`balance`), which leaves every linear predictor as it is and lowers both penalties.
+  (:mod:`skdeq._balance`), which leaves every linear predictor as it is and lowers both penalties.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from skdeq._chunks import map_chunks
+from skdeq._balance import balance
+from skdeq._columns import stepped
 from skdeq._latent_model import LatentModel
-from skdeq._latents import row_variances
 from skdeq._map_problem import MapProblem, over_chunks
-from skdeq._newton import backtrack, newton_step
+from skdeq._newton import newton_step
 from skdeq._progress import Progress
 from skdeq._setting import Setting, column_problem, row_problem
+from skdeq._trace import telling_gain
 
-__all__ = ["Scoring", "balance", "telling_gain"]
+__all__ = ["Scoring"]
 
 # Above this many floating point operations for the Hessians of one half, one curvature is
 # shared by all rows if the variance has a bound. Measured on binarised MNIST at k = 50 (1.2e11):
@@ -39,101 +41,8 @@ _FIRST_SHARE = 0.6
 _CAUTION = 1.5
 # Rows from which rounding of an objective is estimated, at most.
 _ROUNDED_ROWS = 1024
-# Times the objective that a gain may be to be what its changes are held against. Of counts over
-# decades it may be ten thousand times what is left to explain, and fits ended half way.
-_MOST_GAINED = 50.0
-# Halvings of a step along the limit of an intercept.
-_MOST_CUTS = 6
 # Steps in a row that raise the objective, each half as long as the one before, that end a fit.
 _MOST_REFUSED = 8
-# Shares of the mean moment of the latents that make it definite. Of latents in fewer directions
-# than there are components rounding leaves negative ones, the larger the fewer digits it has.
-_RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
-
-
-def balance(setting: Setting, model: LatentModel) -> Callable[[LatentModel], LatentModel]:
-    r"""Affine change of latent coordinates that minimises both penalties at fixed predictors.
-
-    ``W z + b`` is unchanged by ``z -> C^{-1} (z - m)``, ``W -> W C``, ``b -> b + W m``. The mean
-    m of the latents is the best shift. For the best C, with ``G_z`` the weighted second moment
-    of the centred latents and ``G_w = W^T W``, whiten ``G_z`` and rotate to the eigenvectors of
-    the product; component by component ``alpha c^2 + weight_decay d^2 / c^2`` is then least at
-    ``c^4 = weight_decay d^2 / alpha``. Loadings come out orthogonal, latents uncorrelated, both
-    in decreasing order: the nuclear-norm solution.
-
-    Returns
-    -------
-    Callable
-        The transformation, to be applied to this model and to the one it is extrapolated from.
-    """
-    dtype = model.latents.dtype
-    weight = setting.sample_weight
-    latents = model.latents
-    total = setting.total_weight
-    weighted = latents if weight is None else latents * weight.unsqueeze(1)
-    mean = weighted.double().sum(0) / total
-    limits = setting.intercept_limits
-    if limits is not None:
-        mean *= _share_inside(model, mean.to(dtype), *limits)
-    centred = latents - mean.to(dtype)
-    weighted = centred if weight is None else centred * weight.unsqueeze(1)
-    moment = (weighted.T @ centred).double() / total
-    gram = (model.loadings.T @ model.loadings).double()
-    # Many small steps, which a card would wait for one by one.
-    moment, gram = torch.stack([moment, gram]).cpu().unbind()
-    forward, backward = _balancing(moment, gram, setting.weight_decay / setting.alpha)
-    forward, backward = forward.to(latents), backward.to(latents)
-
-    def apply(other: LatentModel) -> LatentModel:
-        shift = mean.to(dtype)
-        return replace(
-            other,
-            loadings=other.loadings @ backward,
-            intercept=other.intercept + other.loadings @ shift,
-            latents=(other.latents - shift) @ forward,
-        )
-
-    return apply
-
-
-def _balancing(moment: Tensor, gram: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Change of coordinates of latents and that of loadings, whose product is the identity.
-
-    Parameters
-    ----------
-    moment, gram : Tensor of shape (k, k), float64
-        Of the latents and of the loadings.
-    ratio : float
-        ``weight_decay / alpha``; with zero nothing changes.
-    """
-    k = len(gram)
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    size = float(moment.trace()) * float(gram.trace())
-    if ratio == 0 or not 0 < size < torch.inf:
-        return identity, identity
-    for ridge in _RIDGES:
-        root, failed = torch.linalg.cholesky_ex(moment + ridge * moment.trace() / k * identity)
-        if not bool(failed):
-            break
-    values, vectors = torch.linalg.eigh(root.T @ gram @ root)
-    vectors = vectors.flip(1)
-    strength = values.flip(0).clamp_min(1e-16 * float(values[-1]) + 1e-300).sqrt()
-    scale = ratio**0.25 * strength.sqrt()
-    inverse = torch.linalg.solve_triangular(root, identity, upper=False).T
-    return inverse @ vectors * scale, root @ vectors / scale
-
-
-def _share_inside(model: LatentModel, shift: Tensor, low: Tensor, high: Tensor) -> float:
-    """Share of a shift of the latents (k,) that leaves all intercepts between their limits."""
-    move = model.loadings @ shift
-    room = torch.where(move > 0, high, low) - model.intercept
-    share = torch.where(move == 0, 1.0, room / move)
-    return float(share.clamp(0.0, 1.0).min())
-
-
-def telling_gain(null_objective: float, objective: float) -> float:
-    """Gain over the intercept alone that changes of the objective are held against."""
-    return min(max(null_objective - objective, 0.0), _MOST_GAINED * max(abs(objective), 1.0))
 
 
 @dataclass
@@ -194,43 +103,6 @@ class Scoring:
     # Of every row's latents, where a step of Newton's method makes it known.
     _residual: Tensor | None = field(default=None, init=False)
 
-    def begin(self, model: LatentModel) -> LatentModel:
-        """First loadings for latents of a start: one safeguarded Newton step from zero.
-
-        Without loadings the variances of all features have the same shape over the rows, so
-        that the step with a shared curvature is the Newton step.
-        """
-        curvature = row_variances(self.setting, model)
-        problem = column_problem(self.setting, model.latents, curvature)
-        start = torch.cat([model.loadings, model.intercept.unsqueeze(1)], dim=1)
-
-        def step(part: MapProblem, point: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-            objective, gradient = part.value_and_gradient(point, rows)
-            direction = -part.shaped_step(gradient, rows)
-            every = torch.ones_like(rows, dtype=torch.bool)
-            return backtrack(part, point, direction, gradient, objective, rows, every)
-
-        solution, _ = over_chunks(step, problem, start)
-        model = self._shrunk(self._model(problem, start, solution, model.latents))
-        return balance(self.setting, model)(model)
-
-    def _shrunk(self, model: LatentModel) -> LatentModel:
-        r"""Give loadings of unit latents the sizes that they have at the optimum, where known.
-
-        Of complete Gaussian data of variance v the optimum is principal components whose sizes
-        are less by :math:`\sqrt{\alpha \beta} / v`, as of a penalised nuclear norm.
-        """
-        setting = self.setting
-        family, decay = setting.family, setting.weight_decay
-        known = family.has_constant_variance and decay > 0
-        if not known or setting.observations.missing is not None:
-            return model
-        variance = family.variance(model.intercept[:1])
-        penalised = model.loadings.norm(dim=0)
-        size = penalised * (1 + decay / variance) - (setting.alpha * decay) ** 0.5 / variance
-        shares = torch.where(penalised > 0, size.clamp_min(0) / penalised, 0.0)
-        return replace(model, loadings=model.loadings * shares)
-
     def run(self, model: LatentModel, null_objective: float) -> LatentModel:
         """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""
         n, p = self.setting.observations.shape
@@ -253,7 +125,9 @@ class Scoring:
                 gained = telling_gain(null_objective, objective)
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
             self.converged = quiet >= 2
-            stop = self._tell(objective, path)
+            stop = self.progress.end(
+                objective, partial(self._finished, path), residual=self._residual
+            )
             if self.converged or stop or path.refused > _MOST_REFUSED:
                 break
         return self._accepted(path)
@@ -330,13 +204,8 @@ class Scoring:
                 return path.accepted
         return path.model
 
-    def _tell(self, objective: float, path: "_Path") -> bool:
-        """Tell of an iteration; return whether to stop."""
-        return self.progress.end(
-            objective,
-            lambda: self.finish(self._accepted(path)),
-            residual=self._residual,
-        )
+    def _finished(self, path: "_Path") -> object:
+        return self.finish(self._accepted(path))
 
     def _rows(self, model: LatentModel) -> tuple[Tensor, float]:
         problem = row_problem(self.setting, model, *self._curvature(model.intercept))
@@ -358,48 +227,7 @@ class Scoring:
             solution, *_ = _newton_steps(problem, start)
         else:
             (solution,) = over_chunks(_majorised_move, problem, start)
-        return self._model(problem, start, solution, model.latents)
-
-    def _model(
-        self, problem: MapProblem, start: Tensor, end: Tensor, latents: Tensor
-    ) -> LatentModel:
-        """Model after a step of the columns (p, k + 1), in so far as they may take it."""
-        matrix = self._inside(problem, start, end)
-        loadings, intercept = matrix[:, :-1].contiguous(), matrix[:, -1].clone()
-        if self.setting.pins is not None:
-            self.setting.pins.hold_(intercept, loadings)
-        return LatentModel(loadings, intercept, latents)
-
-    def _inside(self, problem: MapProblem, start: Tensor, end: Tensor) -> Tensor:
-        """Take back what of the columns' steps leads their intercepts out of their limits.
-
-        A column with gaps, seen on one side of the latents alone, would not mind; the rows would.
-        """
-        limits = self.setting.intercept_limits
-        if limits is None:
-            return end
-
-        def work(first: int, last: int) -> Tensor:
-            before, goal = start[first:last], end[first:last]
-            low, high = (limit[first:last] for limit in limits)
-            out = (~((goal[:, -1] >= low) & (goal[:, -1] <= high))).nonzero().squeeze(1)
-            if not len(out):
-                return goal
-            part = problem.chunk(first, last)
-            old, new = before[out], goal[out]
-            new[:, -1].clamp_(low[out], high[out])
-            most = part.objective(old, out)
-            length = torch.ones_like(new[:, :1])
-            for _ in range(_MOST_CUTS):
-                worse = ~(part.objective(torch.lerp(old, new, length), out) <= most)
-                if not bool(worse.any()):
-                    break
-                length = torch.where(worse.unsqueeze(1), 0.5 * length, length)
-            else:
-                length = torch.where(worse.unsqueeze(1), 0.0, length)
-            return goal.index_copy(0, out, torch.lerp(old, new, length))
-
-        return torch.cat(map_chunks(work, len(start), problem.chunk_rows(), start.device))
+        return stepped(self.setting, problem, start, solution, model.latents)
 
     def _curvature(self, like: Tensor) -> tuple[Tensor | None, bool]:
         """Variances along a design, of so many entries, and whether all rows share them."""

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from skdeq._scoring import telling_gain
-
-__all__ = ["MOST_LOST", "MUCH_LOST", "UNTOLD", "Trace"]
+__all__ = ["MOST_LOST", "MUCH_LOST", "UNTOLD", "Trace", "telling_gain"]
 
 # Share of what a fit has gained that may be lost at latents found from zero. To step without the
 # latents at hand takes as long as ten iterations, and where less is lost half of the fits do not
@@ -17,6 +15,14 @@ MOST_LOST = 0.08
 MUCH_LOST = 0.2
 # Share of the gain up to which the last epoch may stand for the one that is kept.
 UNTOLD = 1e-2
+# Times the objective that a gain may be to be what its changes are held against. Of counts over
+# decades it may be ten thousand times what is left to explain, and fits ended half way.
+_MOST_GAINED = 50.0
+
+
+def telling_gain(null_objective: float, objective: float) -> float:
+    """Gain over the intercept alone that changes of the objective are held against."""
+    return min(max(null_objective - objective, 0.0), _MOST_GAINED * max(abs(objective), 1.0))
 
 
 @dataclass

@@ -11,9 +11,10 @@ from sklearn.linear_model import LinearRegression
 
 import skdeq._fit as fit
 from skdeq import ExpFamilyDEQ
+from skdeq._balance import _balancing, _share_inside
 from skdeq._latent_model import LatentModel
 from skdeq._observations import Observations
-from skdeq._scoring import Scoring, _balancing, _share_inside
+from skdeq._scoring import Scoring
 from skdeq._setting import Setting
 from skdeq.families import get_family
 
