@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ __all__ = [
     "OF_ROWS",
     "FixedPointProblem",
     "FixedPointResult",
+    "LatentProblem",
     "certified_residual",
     "effective_tolerance",
     "scaled_residual",
@@ -80,7 +81,10 @@ class FixedPointResult:
 
 
 class FixedPointProblem(Protocol):
-    """What the solvers ask of a problem; ``rows`` are the indices of the rows still at work."""
+    """What the solvers ask of a problem.
+
+    ``rows`` are the indices of the rows still at work, in increasing order and once each.
+    """
 
     scale_is_bounded: bool
     """Whether the curvature that scales the residual has a bound, and so cannot go far astray
@@ -135,6 +139,37 @@ class FixedPointProblem(Protocol):
 
     def is_safe(self, step: Tensor, rows: Tensor) -> Tensor:
         """Where a full Newton step is known to decrease the objective, bool (m,)."""
+
+
+class LatentProblem(FixedPointProblem, Protocol):
+    """Latents of rows that can be solved some at a time.
+
+    Attributes
+    ----------
+    n_rows, r : int
+        Numbers of rows and of unknowns of each.
+    """
+
+    n_rows: int
+    r: int
+
+    def chunk(self, start: int, stop: int) -> Self:
+        """Return the problem of the rows ``start:stop``."""
+
+    def select(self, index: Tensor) -> Self:
+        """Return the problem of some rows, in the order given."""
+
+    def chunk_rows(self) -> int:
+        """Rows to be worked on at a time."""
+
+    def hessian_rows(self) -> int:
+        """Rows whose Hessians are to be held at a time."""
+
+    def smooth(self, width: float) -> None:
+        """Round off the kinks of the maps, if there are any, over a width."""
+
+    def extent(self, z: Tensor) -> Tensor:
+        """Return what the linear predictors of each row (m,) come to at most at ``z``."""
 
 
 def scaled_residual(gradient: Tensor, z: Tensor, stiffness: Tensor) -> Tensor:

@@ -206,6 +206,10 @@ class HierarchyProblem:
         """Rows whose Hessians are to be held at a time."""
         return max(1, min(self.bottom.chunk_rows(), _HESSIAN_ENTRIES // self.r**2))
 
+    def chunk_rows(self) -> int:
+        """Rows to be worked on at a time, few enough for Hessians to be looked at."""
+        return self.hessian_rows()
+
     def chunk(self, start: int, stop: int) -> "HierarchyProblem":
         """Return the problem of the rows ``start:stop``."""
         return self._with(self.bottom.chunk(start, stop))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from skdeq._chunks import map_chunks
-from skdeq._hierarchy import HierarchyProblem
+from skdeq._fixed_point_problem import LatentProblem
 from skdeq._latent_model import LatentModel
 from skdeq._map_problem import MapProblem
 from skdeq._setting import Setting, row_problem
@@ -20,7 +20,7 @@ _PREDICTED_ROWS = 4096
 
 
 def first_latents(
-    problem: MapProblem | HierarchyProblem,
+    problem: LatentProblem,
     setting: Setting,
     zero: Tensor,
     start: Tensor | None,
@@ -40,7 +40,7 @@ def first_latents(
     return zero
 
 
-def _inside(problem: MapProblem | HierarchyProblem, start: Tensor) -> Tensor:
+def _inside(problem: LatentProblem, start: Tensor) -> Tensor:
     """Take rows that start outside the domain, such as after a step of the loadings, to zero."""
 
     def work(low: int, high: int) -> Tensor:
@@ -129,7 +129,7 @@ def _checked_start(problem: MapProblem, start: Tensor) -> Tensor:
 
 
 def better_of(
-    problem: MapProblem | HierarchyProblem,
+    problem: LatentProblem,
     guess: Tensor,
     other: Tensor,
     rows: Tensor,

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from skdeq._canonical import TRAINING_WIDTH, WIDTHS
 from skdeq._chunks import map_chunks, sum_chunks
-from skdeq._fixed_point_problem import OF_ROWS
-from skdeq._hierarchy import HierarchyProblem, has_kinks
+from skdeq._fixed_point_problem import OF_ROWS, LatentProblem
+from skdeq._hierarchy import has_kinks
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import better_of, first_latents
-from skdeq._map_problem import MapProblem
 from skdeq._newton import confirm
 from skdeq._setting import Setting, latent_problem
 from skdeq.fixed_point import SOLVERS, FixedPointResult, Solver, newton
@@ -107,7 +106,7 @@ class _Plan:
         setting: Setting,
         model: LatentModel,
         curvature: Tensor | Callable[[], Tensor] | None,
-    ) -> MapProblem | HierarchyProblem:
+    ) -> LatentProblem:
         """Pose the problem with what shapes the steps of the solver."""
         bound = setting.family.variance_bound
         if self.solver.forms_hessians:
@@ -120,13 +119,11 @@ class _Plan:
             curvature = curvature.to(model.loadings.dtype)
         return latent_problem(setting, model, curvature, shared_map=self.is_bounded)
 
-    def chunk_rows(self, problem: MapProblem | HierarchyProblem) -> int:
+    def chunk_rows(self, problem: LatentProblem) -> int:
         """Rows to be solved at a time."""
-        if self.solver.forms_hessians or not isinstance(problem, MapProblem):
-            return problem.hessian_rows()
-        return problem.chunk_rows()
+        return problem.hessian_rows() if self.solver.forms_hessians else problem.chunk_rows()
 
-    def solve(self, part: Any, start: Tensor, batch_rows: int) -> FixedPointResult:
+    def solve(self, part: LatentProblem, start: Tensor, batch_rows: int) -> FixedPointResult:
         """Solve the rows of a chunk, with the Hessians of ``batch_rows`` at a time."""
         result = self._in_stages(part, start) if self.stages else self._once(part, start)
         if not self.solver.forms_hessians and not self.is_bounded:
@@ -139,10 +136,10 @@ class _Plan:
             self._finish(part, result, batch_rows)
         return result
 
-    def _once(self, part: Any, start: Tensor, tol: float = 0.0) -> FixedPointResult:
+    def _once(self, part: LatentProblem, start: Tensor, tol: float = 0.0) -> FixedPointResult:
         return self.solver(part, start, tol=max(tol, self.tol), max_iter=self.max_iter)
 
-    def _in_stages(self, problem: Any, value: Tensor) -> FixedPointResult:
+    def _in_stages(self, problem: LatentProblem, value: Tensor) -> FixedPointResult:
         """Solve rows through kinks that are rounded off over ever smaller widths."""
         rows = torch.arange(len(value), device=value.device)
         is_done = torch.zeros_like(rows, dtype=torch.bool)
@@ -176,7 +173,7 @@ class _Plan:
         every.smooth(self.stages[-1])
         return final
 
-    def _finish(self, part: Any, result: FixedPointResult, batch_rows: int) -> None:
+    def _finish(self, part: LatentProblem, result: FixedPointResult, batch_rows: int) -> None:
         """Solve by Newton's method the rows that are left, in place."""
         unsolved = (~result.converged).nonzero().squeeze(1)
         for left in unsolved.split(batch_rows):
