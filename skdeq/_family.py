@@ -20,33 +20,55 @@ __all__ = ["CanonicalMap", "Family"]
 _AS_GOOD_AS_INFINITE = 40.0
 
 
-def _are_equal(one: Any, other: Any) -> bool:
-    """Whether two parameters are equal, or one could be a copy of the other.
+class _Comparison:
+    """Of parameters that are equal, or one of which could be a copy of the other.
 
     Objects that are equal to themselves alone, and so not to their copies, are if they are of one
-    type and what a pickle would hold of them is equal. Functions, of which copies are the same,
-    have to be one.
+    type and what a pickle would hold of them is equal. Functions and classes, of which copies are
+    the same, have to be one.
     """
-    kind = type(one)
-    if isinstance(one, MethodType) and isinstance(other, MethodType):
-        return one.__func__ is other.__func__
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one.detach().cpu(), other.detach().cpu())
-    if kind is not type(other):
-        return bool(one == other)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_are_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, other)
-    if kind.__eq__ is object.__eq__ and kind not in (FunctionType, np.ufunc):
-        try:
-            return _are_equal(one.__reduce_ex__(2), other.__reduce_ex__(2))
-        except (TypeError, RecursionError):
-            # What cannot be copied, or holds itself, is not told from another of its type.
+
+    def __init__(self) -> None:
+        # What holds itself is met again; kept, so that none takes the place of another in memory.
+        self._met: dict[tuple[int, int], tuple[object, object]] = {}
+
+    def holds(self, one: Any, other: Any) -> bool:
+        """Whether the two are equal."""
+        kind, pair = type(one), (id(one), id(other))
+        if one is other or pair in self._met:
             return True
-    return bool(one == other)
+        if kind is not type(other):
+            return _are_the_same(one, other)
+        self._met[pair] = one, other
+        if isinstance(one, _EqualByParameters):
+            return self.holds(one._parameters(), other._parameters())
+        if isinstance(one, MethodType):
+            return one.__func__ is other.__func__
+        if isinstance(one, tuple | list):
+            return len(one) == len(other) and all(map(self.holds, one, other))
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(
+                self.holds(value, other[key]) for key, value in one.items()
+            )
+        if kind.__eq__ is object.__eq__ and not isinstance(one, type | FunctionType | np.ufunc):
+            try:
+                held = one.__reduce_ex__(2), other.__reduce_ex__(2)
+            except TypeError:
+                # What cannot be copied is not told from another of its type.
+                return True
+            return self.holds(*held)
+        return _are_the_same(one, other)
+
+
+def _are_the_same(one: Any, other: Any) -> bool:
+    """Whether two objects say that they are equal, arrays and tensors as a whole."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and torch.equal(one.detach().cpu(), other.detach().cpu())
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):
+        return np.array_equal(one, other)
 
 
 class _EqualByParameters:
@@ -62,11 +84,7 @@ class _EqualByParameters:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        mine, theirs = self._parameters(), other._parameters()
-        return len(mine) == len(theirs) and all(
-            one == two and _are_equal(first, second)
-            for (one, first), (two, second) in zip(mine, theirs, strict=True)
-        )
+        return _Comparison().holds(self, other)
 
     def __hash__(self) -> int:
         # Parameters may change, and may be arrays.

@@ -279,7 +279,7 @@ def test_steps_of_what_all_columns_share_are_as_short_as_the_shortest():
     intercept = torch.tensor([-0.5, -0.02, -7.0], dtype=torch.float64)
     old, old_kernel = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     loadings, kernel = torch.ones_like(old), torch.ones_like(old_kernel)
-    shorten(get_family("gamma"), intercept, (loadings, old), shared=[(kernel, old_kernel)])
+    shorten(get_family("gamma"), intercept, [(loadings, old)], [(kernel, old_kernel)])
     # The standard deviation of an exponential law is the inverse of its rate, at most one here.
     expected = torch.tensor([0.5, 0.02, 1.0], dtype=torch.float64)
     torch.testing.assert_close(loadings, expected.unsqueeze(1).expand(3, 2))
