@@ -20,7 +20,7 @@ from skdeq._optimiser_state import (
 )
 from skdeq._precondition import SQUARED_NORM, RowBatches
 from skdeq._progress import Progress
-from skdeq._replay import StepRunner, capture_graph
+from skdeq._replay import Capture, StepRunner, capture_graph
 from skdeq.objectives import (
     ACTIVATIONS,
     Activation,
@@ -152,13 +152,21 @@ class EncoderTrainer:
     options : EncoderOptions
     rows : RowBatches
         What to train on.
+    capture : callable, optional
+        See :class:`StepRunner`; by default a CUDA graph on a card and nothing elsewhere.
     """
 
-    def __init__(self, weights: Tensor, options: EncoderOptions, rows: RowBatches):
+    def __init__(
+        self,
+        weights: Tensor,
+        options: EncoderOptions,
+        rows: RowBatches,
+        capture: Capture | None = None,
+    ):
         self.weights, self.options, self.rows = weights, options, rows
         # An activation of the user's own may do what cannot be captured.
-        is_known = options.activation in ACTIVATIONS.values()
-        capture = capture_graph if weights.device.type == "cuda" and is_known else None
+        if weights.device.type == "cuda" and options.activation in ACTIVATIONS.values():
+            capture = capture or capture_graph
         # Each would keep the other, and the rows on a card, until the collector comes by.
         me: Any = weakref.ref(self)
         self.run = StepRunner(lambda *inputs: me().step(*inputs), capture)

@@ -187,8 +187,8 @@ class TestOnAnotherDevice:
             "skdeq._validation.resolve_device", lambda device, X: torch.device("meta")
         )
         # What is known only from the data.
-        monkeypatch.setattr("skdeq._support._first_outside", lambda X, family: None)
-        monkeypatch.setattr("skdeq._support._check_size", lambda X, family: None)
+        monkeypatch.setattr("skdeq._support._first_outside", lambda *known: None)
+        monkeypatch.setattr("skdeq._support._check_size", lambda *known: None)
 
     def test_rules_of_scikit_learn_are_checked_without_the_data(self):
         X = torch.from_numpy(counts()).to("meta")
