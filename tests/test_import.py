@@ -1,6 +1,7 @@
 """What `import skdeq` loads, and what it makes available."""
 
 import ast
+import configparser
 import importlib
 import pkgutil
 import subprocess
@@ -45,6 +46,18 @@ def test_import_loads_no_heavy_modules():
     by_dependencies = loaded_by("torch, sklearn")
     assert {"skdeq", "torch", "sklearn"} <= by_skdeq
     assert not (by_skdeq - by_dependencies) & set(HEAVY)
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    oldest = (PACKAGE.parent / "constraints-oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in oldest if "==" in line)
+    assert required
+    for bound in required:
+        name, version = bound.split(">=")
+        assert pinned[name].removesuffix(".0").startswith(version)
 
 
 ALONE = """
