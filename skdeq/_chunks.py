@@ -42,7 +42,19 @@ Result = TypeVar("Result")
 # Sums that `sum_chunks` holds at a time, and so the most threads that it keeps busy.
 _MOST_SUMS = 16
 
-_local = threading.local()
+
+class _PerThread(threading.local):
+    """What a thread is in the middle of: nothing, but within :func:`parallel_chunks`."""
+
+    inside = False
+    pool: ThreadPoolExecutor | None = None
+    # How often chunks were halved, for want of memory.
+    halvings = 0
+    # Entries of the tiles of devices and types.
+    tiles: dict[tuple[torch.device, int], int] | None = None
+
+
+_local = _PerThread()
 _lock = threading.Lock()
 _shared = {"inside": 0, "threads": 1}
 
@@ -105,7 +117,7 @@ def parallel_chunks() -> Iterator[None]:
     leaving. Of several Python threads in here at once, only the first has a pool, so that they do
     not use more cores than torch was given.
     """
-    if getattr(_local, "inside", False):
+    if _local.inside:
         yield
         return
     _keep_freed_memory()
@@ -121,11 +133,11 @@ def parallel_chunks() -> Iterator[None]:
         if alone and threads > 1:
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
-        _local.inside, _local.pool, _local.halvings, _local.tiles = True, pool, 0, {}
+        _local.inside, _local.pool, _local.tiles = True, pool, {}
         with out_of_inference_mode():
             yield
     finally:
-        _local.inside, _local.pool, _local.halvings, _local.tiles = False, None, 0, {}
+        vars(_local).clear()
         try:
             _end(pool)
         finally:
@@ -158,7 +170,7 @@ def map_chunks(
     runs out of memory the chunk is halved and tried again, and chunks are no larger from then on,
     within one :func:`parallel_chunks`; ``function`` must therefore bear being called twice.
     """
-    pool = getattr(_local, "pool", None)
+    pool = _local.pool
     if pool is None or device.type != "cpu" or n_rows <= size:
         return list(chunks_in_turn(function, n_rows, size, device))
     return list(pool.map(lambda bound: function(*bound), chunk_bounds(n_rows, size)))
@@ -194,7 +206,7 @@ def chunks_in_turn(
 
     As :func:`map_chunks`, halving included, but a result can be let go before the next is made.
     """
-    start, halvings = 0, getattr(_local, "halvings", 0)
+    start, halvings = 0, _local.halvings
     while start < n_rows:
         rows = min(max(1, size >> halvings), n_rows - start)
         result = _unless_out_of_memory(function, start, start + rows)
@@ -209,7 +221,7 @@ def chunks_in_turn(
             # The last chunk may be smaller than the others.
             while size >> halvings >= rows:
                 halvings += 1
-            if getattr(_local, "inside", False):
+            if _local.inside:
                 _local.halvings = halvings
             # Not while the error is handled, which keeps alive what the failed call had made.
             gc.collect()
@@ -258,7 +270,7 @@ def tile_entries(like: torch.Tensor) -> int:
     if like.device.type == "cpu":
         return _TILE_ENTRIES
     # To ask for the free memory takes as long as launching dozens of kernels.
-    known = getattr(_local, "tiles", {})
+    known = {} if _local.tiles is None else _local.tiles
     key = like.device, like.element_size()
     if key not in known:
         known[key] = working_entries(
@@ -273,7 +285,7 @@ def one_ahead(function: Callable[..., Result], arguments: Iterable[tuple]) -> It
     A result must stay valid until the one after the next is asked for. Without the pool of
     :func:`parallel_chunks` each is computed when it is asked for.
     """
-    pool = getattr(_local, "pool", None)
+    pool = _local.pool
     if pool is None:
         for one in arguments:
             yield function(*one)

@@ -33,7 +33,8 @@ def first_loadings(setting: Setting, model: LatentModel) -> LatentModel:
         objective, gradient = part.value_and_gradient(point, rows)
         direction = -part.shaped_step(gradient, rows)
         every = torch.ones_like(rows, dtype=torch.bool)
-        return backtrack(part, point, direction, gradient, objective, rows, every)
+        most = objective + part.rounding(objective, point, rows)
+        return backtrack(part, point, direction, gradient, rows, every, most)
 
     solution, _ = over_chunks(step, problem, start)
     model = _shrunk(setting, stepped(setting, problem, start, solution, model.latents))

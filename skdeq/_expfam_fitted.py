@@ -158,12 +158,14 @@ class FittedLatents(LatentLayout):
 
     def _solve(self, X) -> tuple[FixedPointResult, Setting, object]:
         """Validate rows and solve them; also their setting, and the rows from their origin."""
+        X = self._moved(self._checked(X))
+        return *self._solve_moved(X), X
+
+    def _checked(self, X):
+        """Validate rows for the model as it was fitted."""
         check_is_fitted(self)
         self._check_law()
-        family = self._family()
-        X = check_observations(self, X, family, reset=False)
-        X = self._moved(X)
-        return *self._solve_moved(X), X
+        return check_observations(self, X, self._family(), reset=False)
 
     def _solve_moved(self, X) -> tuple[FixedPointResult, Setting]:
         """Solve validated rows that their origin has been taken off; also their setting."""
@@ -172,9 +174,7 @@ class FittedLatents(LatentLayout):
 
     def _row_exposures(self, X) -> torch.Tensor:
         """Size factors (n,) of rows, where they are."""
-        check_is_fitted(self)
-        self._check_law()
-        X = check_observations(self, X, self._family(), reset=False)
+        X = self._checked(X)
         device = resolve_device(self.device, X)
         if self.exposure is None:
             return torch.ones(X.shape[0], dtype=torch.float64, device=device)
@@ -185,7 +185,7 @@ class FittedLatents(LatentLayout):
         result, setting, _ = self._solve(X)
         model = setting.outwards(self._model_for(setting))
         bottom = split_layers(self._warned_of(result).value, model.upper)[0]
-        predictors = torch.addmm(model.intercept, bottom, model.loadings.T)
+        predictors = model.predictor(bottom)
         if setting.row_offset is not None:
             predictors += setting.row_offset.unsqueeze(1)
         return predictors
@@ -236,7 +236,7 @@ class FittedLatents(LatentLayout):
         """Largest size of the linear predictors of latents (m, K) at unit exposure."""
         model = self._model(latents.device, latents.dtype)
         bottom = split_layers(latents, model.upper)[0]
-        return float(torch.addmm(model.intercept, bottom, model.loadings.T).abs().max())
+        return float(model.predictor(bottom).abs().max())
 
     def _output(self, latents: torch.Tensor, X) -> np.ndarray | torch.Tensor:
         """Turn latents of the rows X into what `transform` returns."""
@@ -261,5 +261,4 @@ def top_latents(latents: torch.Tensor, upper: tuple[HiddenLayer, ...]) -> torch.
 
 def predictor_of(top: torch.Tensor, model: LatentModel, hidden_map: CanonicalMap) -> torch.Tensor:
     """Linear predictor at unit exposure of what the prior expects below the top latents."""
-    first = mean_from_top(top, model.upper, hidden_map)
-    return torch.addmm(model.intercept, first, model.loadings.T)
+    return model.predictor(mean_from_top(top, model.upper, hidden_map))

@@ -197,10 +197,8 @@ class FineTuned(CallbackSupportMixin, VersionedMixin, WithBackbone):
         if going_on:
             check_stream_type(X, self.coefs_[0])
             refuse_changes(self._changes())
-        if not going_on and labels is None:
-            self._learn_targets(given, y, sample_weight)
-        elif not going_on:
-            self._learn_targets(labels, y, sample_weight)
+        else:
+            self._learn_targets(given if labels is None else labels, y, sample_weight)
         targets = self._encode_targets(y)
         self._train(X, targets, sample_weight, progress, going_on=going_on, stream=True)
 

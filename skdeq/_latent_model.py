@@ -48,6 +48,10 @@ class LatentModel:
             tuple(layer.to(*args, **kwargs) for layer in self.upper),
         )
 
+    def predictor(self, bottom: Tensor) -> Tensor:
+        """Linear predictors (n, p) of latents next to the data (n, k), at unit exposure."""
+        return torch.addmm(self.intercept, bottom, self.loadings.T)
+
     def matrices(self) -> list[Tensor]:
         """Put loadings and intercept side by side, one matrix for each layer."""
         layers: list[LatentModel | HiddenLayer] = [self, *self.upper]

@@ -294,7 +294,7 @@ def _variances(
     setting: Setting, model: LatentModel, offset: Tensor | None, low: int, high: int
 ) -> Tensor:
     """Variances of the entries of the rows ``low:high`` at the latents of a model."""
-    eta = torch.addmm(model.intercept, model.latents[low:high], model.loadings.T)
+    eta = model.predictor(model.latents[low:high])
     if offset is not None:
         eta += offset[low:high].unsqueeze(1)
     variance = setting.family.statistics_(eta, variance=True)[2]

@@ -146,9 +146,10 @@ def newton_step(
     if len(index) < len(z):
         gradient, hessian = gradient[index], hessian[index]
     result, step = z.clone(), NewtonSystems(hessian).solve(gradient)
-    result[index], _ = _safeguarded(
-        problem, z[index], step, gradient, objective[index], rows[index]
-    )
+    at, here = z[index], rows[index]
+    # Rounding of the objective must not be taken for an increase.
+    most = objective[index] + problem.rounding(objective[index], at, here)
+    result[index], _ = _safeguarded(problem, at, step, gradient, here, most)
     return result, objective, residual
 
 
@@ -157,13 +158,12 @@ def _safeguarded(
     z: Tensor,
     step: Tensor,
     gradient: Tensor,
-    objective: Tensor,
     rows: Tensor,
-    slack: Tensor | None = None,
+    most: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Take Newton steps, checked where they are not known to be safe; (point, length)."""
     pending = ~problem.is_safe(step, rows)
-    return backtrack(problem, z, step, gradient, objective, rows, pending, slack)
+    return backtrack(problem, z, step, gradient, rows, pending, most)
 
 
 class _Look:
@@ -214,10 +214,9 @@ def backtrack(
     start: Tensor,
     step: Tensor,
     gradient: Tensor,
-    objective: Tensor,
     rows: Tensor,
     pending: Tensor,
-    slack: Tensor | None = None,
+    most: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
 
@@ -225,13 +224,11 @@ def backtrack(
     ----------
     problem : FixedPointProblem
     start, step, gradient : Tensor of shape (m, r)
-    objective : Tensor of shape (m,)
-        At the start.
     rows : Tensor of shape (m,)
     pending : Tensor of shape (m,), bool
         Rows whose step must be checked.
-    slack : Tensor of shape (m,), optional
-        Rounding of the objective, where it is known.
+    most : Tensor of shape (m,)
+        What the objective at the start may have been, rounding included.
 
     Returns
     -------
@@ -245,13 +242,11 @@ def backtrack(
     if not len(left):
         return point, length
     slope = (gradient * step).sum(1).double()
-    # Rounding of the objective must not be taken for an increase.
-    slack = problem.rounding(objective, start, rows) if slack is None else slack
     for _ in range(_MAX_CUTS):
         if not len(left):
             break
         trial = problem.objective(point[left], rows[left])
-        bound = objective[left] - _ARMIJO * length[left] * slope[left] + slack[left]
+        bound = most[left] - _ARMIJO * length[left] * slope[left]
         left = left[~(trial <= bound)]
         length[left] *= _CUT
         point[left] = start[left] - length[left].unsqueeze(1) * step[left]
@@ -296,10 +291,10 @@ def newton(
         z = value[rows]
         look = _Look(problem, z, rows)
         certain[rows] = look.systems.told_apart
+        most = torch.minimum(ceiling[rows], look.objective + look.rounding)
+        ceiling[rows] = most
         # Rows found solved here take the step they have paid for: it squares what error is left.
-        ceiling[rows] = torch.minimum(ceiling[rows], look.objective + look.rounding)
-        slack = ceiling[rows] - look.objective
-        z, length = _safeguarded(problem, z, look.step, look.gradient, look.objective, rows, slack)
+        z, length = _safeguarded(problem, z, look.step, look.gradient, rows, most)
         # A whole step that gained nothing on the one before is down to what rounding leaves.
         near = look.decrement <= _NEAR + _NEAR_SHARE * look.objective.abs()
         stalled = near & (look.scaled <= tol) & (look.decrement >= _STALLED * last[rows])

@@ -187,7 +187,7 @@ class Scoring:
     def _rounding(self, model: LatentModel, objective: float) -> float:
         """Error that rounding of the predictors may make in a mean objective."""
         latents = model.latents[:: -(-len(model.latents) // _ROUNDED_ROWS)]
-        predictors = torch.addmm(model.intercept, latents, model.loadings.T)
+        predictors = model.predictor(latents)
         sizes = self.setting.family.log_partition(predictors).abs().double()
         # A step too far, or a gap, beyond the domain is no rounding.
         sizes = torch.where(torch.isfinite(sizes), sizes, 0.0).sum(1)

@@ -169,7 +169,7 @@ def test_a_process_forked_in_the_middle_begins_anew(two_threads):
 
 
 def _state():
-    return chunks._shared["inside"], hasattr(chunks._local, "pool"), threads_in_use()
+    return chunks._shared["inside"], chunks._local.pool is not None, threads_in_use()
 
 
 def test_threads_and_inference_mode_go_together():
