@@ -33,8 +33,7 @@ def first_loadings(setting: Setting, model: LatentModel) -> LatentModel:
         objective, gradient = part.value_and_gradient(point, rows)
         direction = -part.shaped_step(gradient, rows)
         every = torch.ones_like(rows, dtype=torch.bool)
-        most = objective + part.rounding(objective, point, rows)
-        return backtrack(part, point, direction, gradient, rows, every, most)
+        return backtrack(part, point, direction, gradient, objective, rows, every)
 
     solution, _ = over_chunks(step, problem, start)
     model = _shrunk(setting, stepped(setting, problem, start, solution, model.latents))

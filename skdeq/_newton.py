@@ -146,10 +146,9 @@ def newton_step(
     if len(index) < len(z):
         gradient, hessian = gradient[index], hessian[index]
     result, step = z.clone(), NewtonSystems(hessian).solve(gradient)
-    at, here = z[index], rows[index]
-    # Rounding of the objective must not be taken for an increase.
-    most = objective[index] + problem.rounding(objective[index], at, here)
-    result[index], _ = _safeguarded(problem, at, step, gradient, here, most)
+    result[index], _ = _safeguarded(
+        problem, z[index], step, gradient, objective[index], rows[index]
+    )
     return result, objective, residual
 
 
@@ -158,12 +157,13 @@ def _safeguarded(
     z: Tensor,
     step: Tensor,
     gradient: Tensor,
+    objective: Tensor,
     rows: Tensor,
-    most: Tensor,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take Newton steps, checked where they are not known to be safe; (point, length)."""
     pending = ~problem.is_safe(step, rows)
-    return backtrack(problem, z, step, gradient, rows, pending, most)
+    return backtrack(problem, z, step, gradient, objective, rows, pending, most)
 
 
 class _Look:
@@ -214,9 +214,10 @@ def backtrack(
     start: Tensor,
     step: Tensor,
     gradient: Tensor,
+    objective: Tensor,
     rows: Tensor,
     pending: Tensor,
-    most: Tensor,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Go from ``start`` along ``-step``, cutting the length row by row until f decreases.
 
@@ -224,11 +225,14 @@ def backtrack(
     ----------
     problem : FixedPointProblem
     start, step, gradient : Tensor of shape (m, r)
+    objective : Tensor of shape (m,)
+        At the start.
     rows : Tensor of shape (m,)
     pending : Tensor of shape (m,), bool
         Rows whose step must be checked.
-    most : Tensor of shape (m,)
-        What the objective at the start may have been, rounding included.
+    most : Tensor of shape (m,), optional
+        What the objectives are to fall below; by default what those at the start are with all
+        their rounding, which must not be taken for an increase.
 
     Returns
     -------
@@ -242,6 +246,8 @@ def backtrack(
     if not len(left):
         return point, length
     slope = (gradient * step).sum(1).double()
+    if most is None:
+        most = objective + problem.rounding(objective, start, rows)
     for _ in range(_MAX_CUTS):
         if not len(left):
             break
@@ -294,7 +300,7 @@ def newton(
         most = torch.minimum(ceiling[rows], look.objective + look.rounding)
         ceiling[rows] = most
         # Rows found solved here take the step they have paid for: it squares what error is left.
-        z, length = _safeguarded(problem, z, look.step, look.gradient, rows, most)
+        z, length = _safeguarded(problem, z, look.step, look.gradient, look.objective, rows, most)
         # A whole step that gained nothing on the one before is down to what rounding leaves.
         near = look.decrement <= _NEAR + _NEAR_SHARE * look.objective.abs()
         stalled = near & (look.scaled <= tol) & (look.decrement >= _STALLED * last[rows])
