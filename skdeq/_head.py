@@ -72,7 +72,7 @@ class Head:
         Parameters
         ----------
         mean, unit : ndarray of shape (n_outputs,) or ()
-            What outputs are multiplied by, and what is added then.
+            What is added to the outputs, after they have been multiplied by the unit.
         dtype : torch.dtype
 
         Returns

@@ -212,7 +212,8 @@ def refuse_other_law(estimator, changes: dict[str, tuple[Any, Any]]) -> None:
     ValueError
         If there are changes; of one of them.
     """
-    for name, (asked, there) in changes.items():
+    if changes:
+        name, (asked, there) = next(iter(changes.items()))
         raise ValueError(
             f"{type(estimator).__name__} was not fitted with {name}={asked!r} but with {there!r}; "
             "call fit again, or set it back."
