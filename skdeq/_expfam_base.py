@@ -21,17 +21,13 @@ from skdeq._hierarchy import HiddenLayer, mean_jacobian
 from skdeq._latent_model import LatentModel
 from skdeq._latent_starts import fit_start_map
 from skdeq._latents import feature_variances, solve_latents
-from skdeq._loadings import FreeLoadings
 from skdeq._optimiser_state import OptimiserState, restore_state, saved_state
 from skdeq._progress import Progress
-from skdeq._rotation import Moments, orthonormal_scores
+from skdeq._rotation import Moments
 from skdeq._setting import Setting, null_model
-from skdeq._stochastic import (
-    hold,
-    restart,
-    solve_and_step,
-)
-from skdeq._trace import MUCH_LOST, Trace
+from skdeq._shortcomings import shortcoming_of
+from skdeq._stochastic import hold, restart, solve_and_step
+from skdeq._trace import Trace
 from skdeq._validation import (
     check_columns,
     check_observations,
@@ -121,71 +117,10 @@ class LatentVariableEstimator(FittedLatents):
         progress.store = store
         model, trace = solver(setting, options, generator, previous, progress)
         store(self, (model, trace))
-        self._warn_of_fit(setting.family, trace.lost, stopped=progress.stopped)
+        what = shortcoming_of(self, setting.family, trace.lost, stopped=progress.stopped)
+        if what is not None:
+            warn_of_convergence(what)
         return setting, model
-
-    def _warn_of_fit(self, family: Family, lost: float, *, stopped: bool) -> None:
-        """Warn, once, of a fit that is not what was asked for."""
-        name = type(self).__name__
-        penalties = f"alpha={self.alpha:g} and weight_decay={self.weight_decay:g}"
-        if self._is_endless:
-            what = (
-                f"{name} did not converge: with weight_decay=0 these data have no finite optimum, "
-                "and the components are as long as the iterations made them. Any positive "
-                "weight_decay gives them one."
-            )
-        elif lost > MUCH_LOST and (self.converged_ or not self._to_scores.any()):
-            unit = "divide X by a constant, or " if family.base.has_constant_variance else ""
-            what = (
-                f"Rows have several solutions, and with those that transform finds {name} has "
-                f"lost {lost:.0%} of what the fit had gained (loss_curve_ ends with them): "
-                f"{unit}raise weight_decay, or take another canonical_map."
-            )
-        elif not self._to_scores.any():
-            what = (
-                f"All {self.n_components} components of {name} are zero: the penalties "
-                f"{penalties} outweigh all that the rows tell. Lower weight_decay, or check that "
-                "the rows differ"
-            )
-            if family.base.has_constant_variance:
-                what += (
-                    "; the family has a fixed variance, so that X may have to be scaled to more"
-                )
-            elif family.scales_with_exposure and family.base.support.low_inclusive:
-                what += "; of counts, that they are no fractions, which tell less"
-            elif family.is_canonical and family.log_link() is not None:
-                what += "; or take canonical_map='log', which does not depend on the unit of X"
-            what += "."
-        elif self.explained_deviance_ratio_.sum() < NEXT_TO_NOTHING:
-            what = (
-                f"The components of {name} explain less than none: the deviance is larger than "
-                "that of the intercept alone. "
-            )
-            if self._hidden():
-                what += (
-                    "Next to the data latents are not where the top layer expects them: take "
-                    "another hidden_map or weight_decay, or fewer layers."
-                )
-            else:
-                what += f"With {penalties} the fit has gone too far out; raise them."
-        elif not self.converged_ and not stopped and self.n_iter_ < self.max_iter:
-            is_narrow = self.components_.dtype == np.float32 and not self._in_double
-            digits = "float64 data have more digits to go by; or raise" if is_narrow else "raise"
-            what = (
-                f"{name} did not converge: after {self.n_iter_} iterations no step lowered the "
-                f"objective any further; {digits} {penalties}."
-            )
-        elif not self.converged_ and not stopped:
-            advice = ", or weight_decay: without it the optimum may lie at infinity"
-            advice = advice if self.weight_decay == 0 else ""
-            what = (
-                f"{name} did not converge: the objective still changed by more than "
-                f"tol={self.tol:g} of its gain after max_iter={self.max_iter} iterations; "
-                f"increase max_iter or tol{advice}."
-            )
-        else:
-            return
-        warn_of_convergence(what)
 
     def _store(self, X, setting, model, trace, moments, *, of_stream: bool = False) -> None:
         """Keep what was fitted, and what it explains of the rows."""
@@ -232,10 +167,18 @@ class LatentVariableEstimator(FittedLatents):
         """
         latents = top_latents(model.latents, model.upper)
         dtype = numpy_dtype(torch.empty(0, dtype=setting.narrow or latents.dtype, device="cpu"))
-        components, to_scores = self._principal(
-            model, latents, moments.covariance, setting.sample_weight, dtype
+        components, to_scores = setting.loadings.principal(
+            model.loadings,
+            moments.covariance,
+            mean_jacobian(latents, model.upper, self._hidden_map(), setting.sample_weight),
         )
         self.components_ = to_numpy(components, dtype)
+        # Of an earlier fit.
+        self.__dict__.pop("kernels_", None)
+        convolution = setting.loadings.convolution
+        if convolution is not None:
+            shape = (-1, convolution.image_shape[0], *convolution.kernel_size)
+            self.kernels_ = to_numpy(convolution.kernels(components.T).reshape(shape), dtype)
         self.intercept_ = to_numpy(setting.outwards(model).intercept, dtype)
         self.loadings_ = to_numpy(model.loadings, dtype)
         self.hidden_loadings_ = [to_numpy(one.loadings, dtype) for one in model.upper]
@@ -248,37 +191,6 @@ class LatentVariableEstimator(FittedLatents):
         self._start_map = to_numpy(fit_start_map(setting, model.bottom), dtype)
         self._moments = (to_numpy(moments.mean), to_numpy(moments.covariance), moments.weight)
         return to_scores
-
-    def _principal(
-        self,
-        model: LatentModel,
-        latents: torch.Tensor,
-        covariance: torch.Tensor,
-        weight: torch.Tensor | None,
-        dtype: np.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Basis in which the scores are principal, and the map to them from top latents.
-
-        Of a convolution the kernels make the basis, and the scores are maps.
-        """
-        loadings = self._loadings()
-        if isinstance(loadings, FreeLoadings):
-            # Of an earlier fit.
-            self.__dict__.pop("kernels_", None)
-            jacobian = mean_jacobian(latents, model.upper, self._hidden_map(), weight)
-            return orthonormal_scores(model.loadings, covariance, jacobian)
-        convolution = loadings.convolution
-        kernels = convolution.kernels(model.loadings)
-        basis, change = orthonormal_scores(
-            kernels.T,
-            convolution.shared(covariance),
-            torch.eye(len(kernels), device="cpu").to(covariance),
-        )
-        self.kernels_ = to_numpy(
-            basis.reshape(-1, convolution.image_shape[0], *convolution.kernel_size),
-            dtype,
-        )
-        return convolution.matrix(basis).T, convolution.everywhere(change)
 
     def _replace_parameters(
         self,

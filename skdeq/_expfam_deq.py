@@ -19,7 +19,6 @@ from skdeq._chunks import parallel_chunks
 from skdeq._expfam_fitted import narrowed
 from skdeq._expfam_transform import LatentTransformer
 from skdeq._hierarchy import has_one_solution
-from skdeq._loadings import KernelLoadings
 from skdeq._progress import CallbackSupportMixin, Progress, training
 from skdeq._typing import MatrixLike, Output, RandomState, VectorLike
 from skdeq.families import (
@@ -481,9 +480,9 @@ class ExpFamilyDEQ(CallbackSupportMixin, VersionedMixin, LatentTransformer):
         for (loadings, intercept), arrays in zip(layer.pairs(), layers, strict=True):
             loadings.data.copy_(to_tensor(arrays[0]))
             intercept.data.copy_(to_tensor(arrays[1]))
-        free = self._loadings()
-        if isinstance(free, KernelLoadings):
-            tie_to_kernels(layer, free.convolution)
+        convolution = self._loadings().convolution
+        if convolution is not None:
+            tie_to_kernels(layer, convolution)
         if not self.whiten:
             layer.rotation = to_tensor(self._to_scores).to(layer.loadings.dtype, copy=True)
         if self.exposure is not None:

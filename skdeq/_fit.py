@@ -13,7 +13,6 @@ from skdeq._from_zero import descend, objective_of
 from skdeq._hierarchy import HiddenLayer, has_one_solution
 from skdeq._latent_model import LatentModel
 from skdeq._latents import LatentSolver, feature_variances, solve_latents
-from skdeq._loadings import KernelLoadings
 from skdeq._optimiser_state import forget_steps
 from skdeq._progress import Progress
 from skdeq._rotation import Moments, fix_signs
@@ -81,9 +80,10 @@ def _start(
         # What was fitted to other data, or under another law, may be worse than nothing.
         if mean_objective(setting, parameters, solved.value) < objective:
             return model, trace
-    if isinstance(setting.loadings, KernelLoadings):
+    convolution = setting.loadings.convolution
+    if convolution is not None:
         some = _some_rows(setting, _PATCHED_ROWS)
-        kernels = setting.loadings.convolution.start(
+        kernels = convolution.start(
             _working_residuals(some, intercept), some.sample_weight, options.n_components
         )
         return _best_scale(setting, options, kernels, intercept), trace

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skdeq._convolution import Convolution
 from skdeq._latent_model import LatentModel
+from skdeq._rotation import orthonormal_scores
 
 __all__ = ["FreeLoadings", "KernelLoadings", "Loadings", "Pins"]
 
@@ -44,6 +45,8 @@ class FreeLoadings:
 
     Attributes
     ----------
+    convolution : None
+        No convolution ties them.
     own : int
         Place, among the parameters, of those that each feature has to itself; those before serve
         all features, those after belong to the layers above.
@@ -51,6 +54,7 @@ class FreeLoadings:
         Whether latents of one layer may be turned and stretched, and the loadings the other way.
     """
 
+    convolution: ClassVar[None] = None
     own: ClassVar[int] = 0
     may_be_turned: ClassVar[bool] = True
 
@@ -84,6 +88,12 @@ class FreeLoadings:
     def intercept(self, parameters: list[Tensor]) -> Tensor:
         """View of the intercepts (p,) next to the data."""
         return parameters[0][:, -1]
+
+    def principal(
+        self, loadings: Tensor, covariance: Tensor, jacobian: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Components and the map to scores, as :func:`orthonormal_scores` has them."""
+        return orthonormal_scores(loadings, covariance, jacobian)
 
     def from_scores(self, to_scores: Tensor) -> Tensor:
         """Pseudo-inverse (k, k) of the map from latents to scores."""
@@ -147,6 +157,28 @@ class KernelLoadings:
     def intercept(self, parameters: list[Tensor]) -> Tensor:
         """View of the intercepts (p,)."""
         return parameters[1]
+
+    def principal(
+        self, loadings: Tensor, covariance: Tensor, jacobian: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Components and the map to scores that turn the kernels, at all places alike.
+
+        Parameters
+        ----------
+        loadings, covariance, jacobian : Tensor
+            As :func:`orthonormal_scores` has them; of one layer the last is the identity.
+
+        Returns
+        -------
+        components : Tensor of shape (K * places, p), float64
+            Of orthonormal kernels.
+        to_scores : Tensor of shape (K * places, K * places), float64
+        """
+        kernels = self.convolution.kernels(loadings)
+        shared = self.convolution.shared(covariance)
+        untouched = torch.eye(len(kernels), device="cpu").to(shared)
+        turned, change = orthonormal_scores(kernels.T, shared, untouched)
+        return self.convolution.matrix(turned).T, self.convolution.everywhere(change)
 
     def from_scores(self, to_scores: Tensor) -> Tensor:
         """Pseudo-inverse (K * places, K * places) of the map from latents to scores."""
