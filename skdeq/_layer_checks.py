@@ -57,7 +57,7 @@ def check_type(dtype: torch.dtype) -> None:
         )
 
 
-def checked_start(start: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+def checked_start(start: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Bring a start to the type and device of ``like``, with zero in rows that are not finite."""
     if not isinstance(start, Tensor):
         raise TypeError(f"start must be a tensor; got {type(start).__name__}.")
@@ -67,4 +67,4 @@ def checked_start(start: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor
             f"layers side by side; got {tuple(start.shape)}."
         )
     start = start.detach().to(like)
-    return torch.where(torch.isfinite(start).all(1, keepdim=True), start, 0.0)
+    return torch.where(torch.isfinite(start).all(-1, keepdim=True), start, 0.0)

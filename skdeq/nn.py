@@ -229,16 +229,17 @@ class EquilibriumLayer(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (n, p)
+        x : Tensor of shape (..., p)
             Observations in the support of the family, which is not checked; NaN where missing.
-        start : Tensor of shape (n, k), optional
+            Each row is on its own, however many dimensions there are in front.
+        start : Tensor of shape (..., k), optional
             Latents to start from, those of all layers side by side, such as those of the last
             visit; zero by default, and in rows where they are not finite or, if the variance of
             the family has no bound and the problem is convex, worse than zero.
 
         Returns
         -------
-        Tensor of shape (n, k)
+        Tensor of shape (..., k)
             Latents of the top layer, or scores where there is a rotation.
 
         Warns
@@ -250,18 +251,17 @@ class EquilibriumLayer(nn.Module):
         """
         latents, result = self._attached(x, start)
         self._warn_if_unsolved(result)
-        return latents
+        return latents.reshape(*x.shape[:-1], latents.shape[1])
 
     def _attached(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, FixedPointResult]:
-        """Latents of rows as :meth:`forward` returns them, and their certificates, unwarned."""
+        """Latents (n, k) of rows in turn, and their certificates, unwarned."""
         check_input(x)
         # In fewer digits than the loadings have, the residuals that certify would be false.
         with torch.autocast(x.device.type, enabled=False):
             equilibrium = self._equilibrium(x)
             if start is not None:
-                start = checked_start(
-                    start, (len(x), sum(equilibrium.sizes)), equilibrium.loadings
-                )
+                shape = (*x.shape[:-1], sum(equilibrium.sizes))
+                start = checked_start(start, shape, equilibrium.loadings).reshape(-1, shape[-1])
             result = self._solved(equilibrium, start)
             latents = result.value
             if torch.is_grad_enabled():
@@ -279,11 +279,12 @@ class EquilibriumLayer(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (n, p)
+        x : Tensor of shape (..., p)
 
         Returns
         -------
         FixedPointResult
+            Of the rows in turn.
         """
         check_input(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -299,9 +300,10 @@ class EquilibriumLayer(nn.Module):
         """Equations of some rows."""
         (loadings, intercept), *above = self.pairs()
         check_type(loadings.dtype)
-        if x.dim() != 2 or x.shape[1] != len(intercept):
-            raise ValueError(f"x must have shape (n, {len(intercept)}); got {tuple(x.shape)}.")
+        if x.dim() == 0 or x.shape[-1] != len(intercept):
+            raise ValueError(f"x must have shape (..., {len(intercept)}); got {tuple(x.shape)}.")
         is_computed = x.grad_fn is not None
+        x = x.reshape(-1, x.shape[-1])
         # Next to a kink float32 cannot tell the sides apart.
         working = torch.float64 if self._has_kinks else loadings.dtype
         x = x.to(working)

@@ -247,6 +247,27 @@ def test_a_start_that_is_far_off_does_not_lead_astray(family, far):
     np.testing.assert_allclose(module(x, start).detach(), expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (6,), (2, 3), (2, 0), (1, 3, 2)], ids=str)
+def test_rows_stand_in_any_number_of_dimensions(lead):
+    """As those of ``torch.nn.Linear``."""
+    module, x, _ = layer("poisson")
+    x = x[: math.prod(lead)].clone()
+    x[:1, 0] = torch.nan
+    expected, slopes = module(x), []
+    together = x.reshape(*lead, x.shape[1]).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for start in (None, expected.detach().reshape(*lead, 2)):
+            found = module(together, start)
+            assert found.shape == (*lead, 2)
+            np.testing.assert_allclose(found.detach().reshape(-1, 2), expected.detach(), atol=1e-8)
+            slopes.append(torch.autograd.grad(found.sum(), module.loadings)[0])
+    np.testing.assert_array_equal(module.certify(together).value, module.certify(x).value)
+    slope = torch.autograd.grad(expected.sum(), module.loadings)[0]
+    np.testing.assert_allclose(slopes[0], slope, atol=1e-12)
+    np.testing.assert_allclose(slopes[1], slope, atol=1e-6)
+
+
 def test_start_is_converted_and_its_shape_checked():
     module, x, _ = layer("poisson")
     single = module(x).detach().float()
@@ -399,7 +420,7 @@ def test_bad_arguments_are_refused_in_words():
         EquilibriumLayer(4, 2, family="poison")
     with pytest.raises(ValueError, match="fixed_point must be 'auto' or 'newton'; got 'picard'"):
         EquilibriumLayer(4, 2, fixed_point="picard")
-    with pytest.raises(ValueError, match=r"x must have shape \(n, 4\); got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 4\); got \(3, 5\)"):
         EquilibriumLayer(4, 2)(torch.ones(3, 5))
     with pytest.raises(TypeError, match="x must be a tensor; got ndarray"):
         EquilibriumLayer(4, 2)(np.ones((3, 4)))
