@@ -89,7 +89,7 @@ def _start(
         return _best_scale(setting, options, kernels, intercept), trace
     sizes = (*options.hidden_layer_sizes, options.n_components)
     model = _first_layer(setting, sizes[0], generator, intercept, objective)
-    return _add_layers(setting, model, sizes[1:], generator, objective), trace
+    return _add_layers(setting, model, sizes[1:], generator, intercept, objective), trace
 
 
 def _some_rows(setting: Setting, most: int) -> Setting:
@@ -151,8 +151,8 @@ def _first_layer(
     some = _some_rows(setting, _TRIAL_ROWS)
     trials, ends = [], []
     for on_link_scale in (False, True):
-        trials.append(Scoring(some, _TRIAL, 0.0))
-        ends.append(trials[-1].run(begin(some, on_link_scale), objective))
+        trials.append(Trace(intercept, objective))
+        ends.append(Scoring(some, trials[-1], _TRIAL, 0.0).run(begin(some, on_link_scale)))
     best = trials[1].loss_curve[-1] < trials[0].loss_curve[-1]
     # What some rows are enough to choose they are not enough to go on from: latents predicted
     # from theirs are so far off that exponentials of them undo the gain.
@@ -164,18 +164,19 @@ def _add_layers(
     model: LatentModel,
     sizes: tuple[int, ...],
     generator: torch.Generator,
+    intercept: Tensor,
     objective: float,
 ) -> LatentModel:
     """Fit one layer on top of the other, each to the latents of the one below."""
     if not sizes:
         return model
-    fits = [Scoring(setting, _GREEDY, 0.0).run(model, objective)]
+    fits = [Scoring(setting, Trace(intercept, objective), _GREEDY, 0.0).run(model)]
     for size in sizes:
         fits[-1] = _raised(fits[-1], setting)
         given = hidden_setting(setting, fits[-1].latents)
         intercept, objective = null_model(given)
         above = _first_layer(given, size, generator, intercept, objective)
-        fits.append(Scoring(given, _GREEDY, 0.0).run(above, objective))
+        fits.append(Scoring(given, Trace(intercept, objective), _GREEDY, 0.0).run(above))
     bottom, *others = fits
     latents = torch.cat([one.latents for one in fits], dim=1)
     upper = tuple(HiddenLayer(one.loadings, one.intercept) for one in others)
@@ -213,8 +214,7 @@ def fit_full_batch(
     solver, is_convex = options.latent_solver, setting.family.is_convex
 
     def finish(model: LatentModel) -> tuple[LatentModel, Trace]:
-        trace.loss_curve, trace.n_iter = scoring.loss_curve, scoring.n_iter
-        trace.converged = scoring.converged
+        ended = replace(trace)
         # The latents are those of the loadings before the last, or on the way to them. Of several
         # solutions they are the one that new rows find.
         solved = solve_latents(
@@ -226,23 +226,24 @@ def fit_full_batch(
         )
         model = replace(model, latents=solved.value)
         if not is_convex:
-            trace.end_at(objective_of(setting, model), scoring.loss_curve[-1])
-        return fix_signs(model), trace
+            ended.end_at(objective_of(setting, model), trace.loss_curve[-1])
+        return fix_signs(model), ended
 
-    scoring = Scoring(setting, options.max_iter, options.tol, progress, finish)
+    scoring = Scoring(setting, trace, options.max_iter, options.tol, progress, finish)
     try:
-        ended = scoring.run(model, trace.null_objective)
-        fitted, reached = finish(ended)[0], scoring.loss_curve[-1]
+        last = scoring.run(model)
+        reached = trace.loss_curve[-1]
+        fitted, ended = finish(last)
         if is_convex:
-            return fitted, trace
+            return fitted, ended
         # Of all that is known the one that serves latents from zero best.
-        best, others = (trace.from_zero, fitted), [] if previous is None else [model]
-        if scoring.converged and trace.lost > MOST_LOST and not progress.stopped:
-            others.append(descend(scoring, solver, ended, trace.null_objective))
+        best, others = (ended.from_zero, fitted), [] if previous is None else [model]
+        if trace.converged and ended.lost > MOST_LOST and not progress.stopped:
+            others.append(descend(scoring, solver, last))
         for other in others:
-            fitted, _ = finish(other)
-            if trace.from_zero < best[0]:
-                best = trace.from_zero, fitted
+            fitted, ended = finish(other)
+            if ended.from_zero < best[0]:
+                best = ended.from_zero, fitted
         trace.end_at(best[0], reached)
         return best[1], trace
     finally:

@@ -32,9 +32,7 @@ def objective_of(setting: Setting, model: LatentModel) -> float:
     return mean_objective(setting.smoothed(0.0), setting.loadings.parameters(model), model.latents)
 
 
-def descend(
-    scoring: Scoring, solver: LatentSolver, model: LatentModel, null_objective: float
-) -> LatentModel:
+def descend(scoring: Scoring, solver: LatentSolver, model: LatentModel) -> LatentModel:
     """Go on from a model with steps that lower the objective at latents found from zero.
 
     Parameters
@@ -43,14 +41,12 @@ def descend(
         The fit that has led here, whose count of iterations and losses go on.
     solver : LatentSolver
     model : LatentModel
-    null_objective : float
-        Of the intercept alone.
 
     Returns
     -------
     LatentModel
     """
-    setting = scoring.setting
+    setting, trace = scoring.setting, scoring.trace
 
     def from_zero(model: LatentModel) -> tuple[LatentModel, float]:
         solved = solve_latents(setting, model, solver, rounded=True)
@@ -59,7 +55,7 @@ def descend(
 
     model, objective = from_zero(model)
     length = 1.0
-    for _ in range(min(_MOST_STEPS, scoring.max_iter - scoring.n_iter)):
+    for _ in range(min(_MOST_STEPS, scoring.max_iter - trace.n_iter)):
         # It moves zero, and may by itself make the objective larger.
         turned = balance(setting, model)(model)
         found, length = _shortened(turned, scoring.columns(turned), length, objective, from_zero)
@@ -69,7 +65,7 @@ def descend(
         model, objective = found
         length = min(1.0, length / _CUT)
         if scoring.count(objective, model) or gained <= _LEAST_GAIN * telling_gain(
-            null_objective, objective
+            trace.null_objective, objective
         ):
             break
     return model

@@ -23,7 +23,7 @@ from skdeq._map_problem import MapProblem, over_chunks
 from skdeq._newton import newton_step
 from skdeq._progress import Progress
 from skdeq._setting import Setting, column_problem, row_problem
-from skdeq._trace import telling_gain
+from skdeq._trace import Trace, telling_gain
 
 __all__ = ["Scoring"]
 
@@ -76,6 +76,8 @@ class Scoring:
     Parameters
     ----------
     setting : Setting
+    trace : Trace
+        Where losses and iterations are written down.
     max_iter : int
         Iterations at most; an iteration is one half over rows and one over columns.
     tol : float
@@ -89,13 +91,11 @@ class Scoring:
     """
 
     setting: Setting
+    trace: Trace
     max_iter: int
     tol: float
     progress: Progress = field(default_factory=Progress)
     finish: Callable[[LatentModel], object] = lambda model: model
-    loss_curve: list[float] = field(default_factory=list)
-    n_iter: int = 0
-    converged: bool = False
     # Whether every row has a Hessian of its own.
     exact: bool = field(default=True, init=False)
     # Share of the bound of the variance that stands for the curvature of all rows.
@@ -103,40 +103,40 @@ class Scoring:
     # Of every row's latents, where a step of Newton's method makes it known.
     _residual: Tensor | None = field(default=None, init=False)
 
-    def run(self, model: LatentModel, null_objective: float) -> LatentModel:
-        """Iterate from ``model``; ``null_objective`` is that of the intercept alone."""
+    def run(self, model: LatentModel) -> LatentModel:
+        """Iterate from ``model``."""
         n, p = self.setting.observations.shape
         k = model.loadings.shape[1]
         self.exact = k <= _SMALL_RANK or 1.0 * n * p * k * k <= _HESSIAN_FLOPS
         self.exact |= self.setting.family.variance_bound is None
         self._share, self._residual = _FIRST_SHARE, None
-        path = _Path(model, model, model)
+        path, trace = _Path(model, model, model), self.trace
         quiet = 0
         for iteration in range(1, self.max_iter + 1):
             self.progress.begin()
-            last = self.loss_curve[-1] if self.loss_curve else torch.inf
+            last = trace.loss_curve[-1] if trace.loss_curve else torch.inf
             point, objective = self._next_point(path, last)
             moved = self._moved(path, point)
             change = balance(self.setting, moved)
             path.previous, path.model = change(path.model), change(moved)
-            self.loss_curve.append(objective)
-            self.n_iter = iteration
+            trace.loss_curve.append(objective)
+            trace.n_iter = iteration
             if not path.refused:
-                gained = telling_gain(null_objective, objective)
+                gained = telling_gain(trace.null_objective, objective)
                 quiet = quiet + 1 if last - objective <= self.tol * gained else 0
-            self.converged = quiet >= 2
+            trace.converged = quiet >= 2
             stop = self.progress.end(
                 objective, partial(self._finished, path), residual=self._residual
             )
-            if self.converged or stop or path.refused > _MOST_REFUSED:
+            if trace.converged or stop or path.refused > _MOST_REFUSED:
                 break
         return self._accepted(path)
 
     def count(self, objective: float, model: LatentModel) -> bool:
         """Count an iteration that another has taken from here; return whether to stop."""
         self.progress.begin()
-        self.loss_curve.append(objective)
-        self.n_iter += 1
+        self.trace.loss_curve.append(objective)
+        self.trace.n_iter += 1
         return self.progress.end(objective, lambda: self.finish(model))
 
     def _next_point(self, path: "_Path", last: float) -> tuple[LatentModel, float]:
@@ -151,7 +151,7 @@ class Scoring:
             point, path.momentum = path.model, 1.0
             self._share = min(1.0, _CAUTION * self._share)
             latents, objective = self._rows(point)
-        if objective <= last or self.n_iter == 0:
+        if objective <= last or self.trace.n_iter == 0:
             path.refused = 0
         else:
             # A step beyond the bound of the curvature went too far, unless it is rounding that
@@ -200,7 +200,7 @@ class Scoring:
         if not self.exact and self._share < 1:
             # The last step, beyond the bound of the curvature, has not been looked at yet.
             _, objective = self._rows(path.model)
-            if not objective <= self.loss_curve[-1]:
+            if not objective <= self.trace.loss_curve[-1]:
                 return path.accepted
         return path.model
 

@@ -196,7 +196,7 @@ def test_a_fit_goes_on_from_where_rows_are_found_from_zero(monkeypatch):
 
     through = fit()
     assert through.converged_
-    monkeypatch.setattr("skdeq._fit.descend", lambda scoring, solver, model, null: model)
+    monkeypatch.setattr("skdeq._fit.descend", lambda scoring, solver, model: model)
     short = fit()
     assert through.loss_curve_[: short.n_iter_ - 1] == short.loss_curve_[:-1]
     assert through.loss_curve_[-1] < short.loss_curve_[-1] - 1

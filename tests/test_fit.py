@@ -15,7 +15,8 @@ from skdeq._balance import _balancing, _share_inside
 from skdeq._latent_model import LatentModel
 from skdeq._observations import Observations
 from skdeq._scoring import Scoring
-from skdeq._setting import Setting
+from skdeq._setting import Setting, null_model
+from skdeq._trace import Trace
 from skdeq.families import get_family
 
 
@@ -129,7 +130,8 @@ def test_a_step_out_of_the_domain_is_not_taken_for_rounding():
     loadings, intercept = torch.zeros(4, 1, dtype=X.dtype), -torch.ones(4, dtype=X.dtype)
     loadings[0] = 2.0
     beyond = LatentModel(loadings, intercept, latents)
-    assert 0 < Scoring(setting, 1, 0.0)._rounding(beyond, 5.0) < 1e-12
+    scoring = Scoring(setting, Trace(*null_model(setting)), 1, 0.0)
+    assert 0 < scoring._rounding(beyond, 5.0) < 1e-12
 
 
 def test_balancing_of_latents_in_few_directions_makes_both_penalties_equal():
